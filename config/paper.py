@@ -1,0 +1,24 @@
+# The paper's 157.5M parameters. The batch is our reading of its wall clock.
+scale = "paper"
+dataset = "fineweb-edu"
+n_layer = 16
+n_head = 12
+n_embd = 768
+block_size = 1024
+controlled = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+cheap_rank = 192
+g1_hidden = 52
+latent = 32
+max_iters = 20_000
+warmup_iters = 200
+batch_size = 16
+backbone_iters = 20_000
+backbone_lr = 6e-4
+backbone_muon_lr = 0.0
+backbone_batch_size = 16
+learning_rate = 6e-4
+gate_lr = 1e-3
+eval_interval = 500
+eval_iters = 16
+final_eval_iters = 64
+log_interval = 50

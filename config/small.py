@@ -1,0 +1,21 @@
+# About 30M parameters: one GPU, minutes.
+scale = "small"
+dataset = "fineweb-edu"
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 512
+controlled = [1, 2, 3, 4, 5]
+cheap_rank = 96
+g1_hidden = 47
+latent = 24
+max_iters = 2_000
+warmup_iters = 50
+batch_size = 16
+backbone_iters = 5_000
+backbone_lr = 1e-3
+backbone_muon_lr = 0.0
+backbone_batch_size = 32
+eval_interval = 200
+eval_iters = 8
+log_interval = 20

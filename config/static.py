@@ -1,0 +1,3 @@
+# Whole layers instead of tokens, chosen on training text at the same total budget. A learned gate has to beat this.
+recipe = "static"
+gate = "static"

@@ -1,0 +1,411 @@
+"""A GPT-2 decoder in which each controlled layer routes every token through a full or a cheap FFN.
+
+Module names are nanoGPT's and GPT-2's (wte, wpe, h, ln_1, attn.c_attn, mlp.c_fc, ...), so weights move freely.
+How a forward pass executes is a `mode`:
+  full       the dense model: every FFN full, no controller runs
+  cheap      every controlled FFN cheap
+  adapter    full and cheap added up: the dense reference with the same trainable cheap parameters
+  topk       the budget's best tokens of each row go full; ranks inside the row, so it is NOT causal
+  threshold  a token goes full iff its score exceeds the layer's threshold: causal, what decoding uses
+  calibrate  sets each layer's threshold to the pooled quantile of its scores, then routes by it
+and `gathered` says whether both FFNs run on all tokens (masked) or each on its own tokens (the fast one).
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gates import GATES, Route, route_weight, split_topk, full_tokens, threshold_for, uniform
+
+MODES = ("full", "cheap", "adapter", "topk", "threshold")
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 128  # T, the longest context
+    vocab_size: int = 257  # V
+    n_layer: int = 6
+    n_head: int = 4
+    n_embd: int = 128  # D
+    controlled: tuple = ()  # the layers that route, from 0; none is a plain dense model
+    cheap_rank: int = 16  # r
+    gate: str = "g3"
+    estimator: str = "ste"
+    budget: float = 0.5
+    g1_hidden: int = 47
+    latent: int = 16  # g3's d
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, D = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
+        start = 0
+        if cache is not None:
+            start = cache.position
+            k, v = cache.extend(k, v)  # (B, H, start + T, D/H)
+        mask = None
+        if start and T > 1:  # a chunk behind a cache sees the cache and itself causally
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type == "cpu":  # bfloat16 attention is slower there: backward 9.6 against 2.9 ms at tiny (Zen 4)
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class FFN(nn.Module):
+    """D -> hidden -> D. The full one has hidden = 4D, the cheap one hidden = r."""
+
+    def __init__(self, n_embd, hidden):
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, hidden)
+        self.c_proj = nn.Linear(hidden, n_embd)
+
+    def forward(self, h):
+        return self.c_proj(F.gelu(self.c_fc(h), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.estimator, self.budget = layer, config.estimator, config.budget
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = FFN(config.n_embd, 4 * config.n_embd)
+        self.controlled = layer in config.controlled
+        if self.controlled:
+            self.cheap = FFN(config.n_embd, config.cheap_rank)
+            self.gate = GATES[config.gate](config, layer)
+            self.register_buffer("threshold", torch.tensor(0.0))
+
+    def forward(self, x, mode, keys=None, gathered=True, keep=False, align=False, cache=None):
+        """x (B, T, D) -> x (B, T, D) and the Route, which is None where nothing was decided."""
+        start = cache.position if cache is not None else 0
+        x = x + self.attn(self.ln_1(x), cache)
+        h = self.ln_2(x)
+        if not self.controlled or mode == "full":
+            return x + self.mlp(h), None
+        if mode == "cheap":
+            return x + self.cheap(h), None
+        if mode == "adapter":
+            return x + self.mlp(h) + self.cheap(h), None
+
+        with torch.autocast(h.device.type, enabled=False):  # scores are float32, whatever the dtype around them
+            scores, prediction = self.gate(h.detach().float(), lambda: uniform(keys, self.layer, h.size(1), start))
+            scores = scores.float()  # (B, T)
+        if mode == "topk":
+            chosen, rest = split_topk(scores.detach(), full_tokens(self.budget, scores.size(1)))
+            mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+        else:
+            if mode == "calibrate":
+                self.threshold.copy_(threshold_for(scores, self.budget))
+            mask = scores.detach() > self.threshold
+        w = route_weight(scores, mask, self.estimator, self.gate.learned).unsqueeze(-1)  # (B, T, 1)
+
+        target = None
+        if gathered:
+            if mode == "topk":  # counts are known: no host sync
+                rows = torch.arange(len(x), device=x.device)[:, None] * x.size(1)
+                chosen, rest = (chosen + rows).flatten(), (rest + rows).flatten()  # into (B * T)
+            else:
+                chosen, rest = mask.flatten().nonzero().squeeze(1), (~mask).flatten().nonzero().squeeze(1)
+            x_out = self.gathered_ffn(x, h, w.to(x.dtype), chosen, rest)
+        else:
+            full, cheap = self.mlp(h), self.cheap(h)  # (B, T, D)
+            w = w.to(full.dtype)
+            x_out = x + (w * full + (1 - w) * cheap)
+            if prediction is not None and align:
+                target = self.gate.target(full, cheap)  # (B, T, 2, d)
+        return x_out, Route(self.layer, scores, mask, prediction, target, *((x, h) if keep else (None, None)))
+
+    def gathered_ffn(self, x, h, w, chosen, rest):
+        """x + w * full(h) + (1 - w) * cheap(h), full on the tokens `chosen` alone; indices run over B * T.
+        Where w is 0 or 1, cheap runs on the `rest` alone; under `scaled`, 1 - w is never 0, so on all tokens."""
+        flat_x, flat_h, flat_w = x.flatten(0, 1), h.flatten(0, 1), w.flatten(0, 1)  # (B * T, D), ..., (B * T, 1)
+        full = self.mlp(flat_h[chosen]).to(x.dtype)
+        if self.estimator == "scaled" and self.gate.learned:
+            out = flat_x + (1 - flat_w) * self.cheap(flat_h).to(x.dtype)
+            full = flat_w[chosen] * full
+        else:
+            out = flat_x.index_add(0, rest, self.cheap(flat_h[rest]).to(x.dtype))
+        return out.index_add(0, chosen, full).view_as(x)
+
+
+class Cache:
+    """Keys and values of one sequence in the making, (n_layer, 2, B, H, block_size, D/H)."""
+
+    def __init__(self, config, batch, device, dtype):
+        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.kv, self.position, self.layer = torch.zeros(shape, device=device, dtype=dtype), 0, 0
+
+    def extend(self, k, v):
+        end = self.position + k.size(2)
+        kv = self.kv[self.layer]
+        kv[0, :, :, self.position:end], kv[1, :, :, self.position:end] = k, v
+        return kv[0, :, :, :end].to(k.dtype), kv[1, :, :, :end].to(v.dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of x @ weight.T in chunks of rows: the logits of a 50k vocabulary never exist at once,
+    and the gradient is taken while a chunk's logits do."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows):
+        dx, dw, total = torch.empty_like(x), None, 0.0
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros_like(weight)
+        for i in range(0, len(x), rows):
+            logits = F.linear(x[i:i + rows], weight)
+            p = logits.float()
+            total = total + F.cross_entropy(p, targets[i:i + rows], reduction="sum")
+            p = p.softmax(-1)
+            p[torch.arange(len(p), device=p.device), targets[i:i + rows]] -= 1
+            p = p.mul_(1 / len(x)).to(logits.dtype)
+            dx[i:i + rows] = F.linear(p, weight.t())
+            if dw is not None:
+                dw += p.t() @ x[i:i + rows].to(p.dtype)
+        ctx.save_for_backward(dx, dw)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return grad * dx, None if dw is None else grad * dw, None, None
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if ".gate." in name:
+                continue  # a gate initialises itself
+            if name.endswith("cheap.c_proj.weight") or name.endswith("bias"):
+                nn.init.zeros_(p)  # cheap starts at zero
+            elif p.dim() == 2:
+                scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / scale)
+
+    def embed(self, idx, start=0):
+        """idx (B, T) int64 -> x (B, T, D)"""
+        positions = torch.arange(start, start + idx.size(1), device=idx.device)
+        return self.wte(idx).float() + self.wpe(positions)  # the residual stream is float32
+
+    def blocks(self, x, mode, keys=None, gathered=True, first=0, last=None, keep=(), align=False, cache=None):
+        """Run layers first..last on x (B, T, D) -> x, [Route of each layer that decided]. keys (B,) int64 seed
+        the noise of random gates, one a row; the Routes of the layers in `keep` hold x and h; with `align` (masked
+        only) a predicting gate's Route holds its target."""
+        if keys is None:
+            keys = torch.arange(x.size(0), device=x.device)
+        routes = []
+        for i in range(first, self.config.n_layer if last is None else last + 1):
+            if cache is not None:
+                cache.layer = i
+            x, route = self.h[i](x, mode, keys, gathered, i in keep, align, cache)
+            if route is not None:
+                routes.append(route)
+        if cache is not None:
+            cache.position += x.size(1)
+        return x, routes
+
+    def forward(self, idx, mode="full", keys=None, gathered=True, cache=None):
+        """idx (B, T) int64 -> logits (B, T, V), routes. With a cache, idx continues what the cache holds."""
+        x, routes = self.blocks(self.embed(idx, cache.position if cache is not None else 0), mode, keys, gathered, cache=cache)
+        return F.linear(self.ln_f(x), self.wte.weight), routes
+
+    def lm_loss(self, x, targets):
+        """x (B, T, D) after the last layer, targets (B, T) -> the mean cross entropy, float32, differentiable."""
+        rows = max(64, 2 ** 23 // self.config.vocab_size)
+        return LinearCrossEntropy.apply(self.ln_f(x).flatten(0, 1), self.wte.weight, targets.flatten(), rows)
+
+    @torch.no_grad()
+    def token_losses(self, x, targets):
+        """x (B, T, D) after the last layer, targets (B, T) -> the cross entropy of each token (B, T), float32."""
+        x, flat = self.ln_f(x).flatten(0, 1), targets.flatten()
+        rows = max(64, 2 ** 23 // self.config.vocab_size)
+        return torch.cat([F.cross_entropy(F.linear(x[i:i + rows], self.wte.weight).float(), flat[i:i + rows], reduction="none")
+                          for i in range(0, len(x), rows)]).view_as(targets)
+
+    def controllers(self):
+        """{name: parameter} of what a controller-only run trains: gates with their predictors, and cheap FFNs."""
+        return {n: p for n, p in self.named_parameters() if ".gate." in n or ".cheap." in n}
+
+    def backbone(self):
+        """{name: parameter} of the dense model, without controllers."""
+        return {n: p for n, p in self.named_parameters() if not (".gate." in n or ".cheap." in n)}
+
+    def set_budget(self, budget):
+        """Give the controlled layers shares of full tokens whose mean is `budget`, keeping their order."""
+        blocks = [self.h[i] for i in self.config.controlled]
+        mean = sum(b.budget for b in blocks) / len(blocks)
+        for b in blocks:
+            b.budget = b.budget * budget / mean if budget < mean else 1 - (1 - b.budget) * (1 - budget) / max(1 - mean, 1e-12)
+
+    @torch.no_grad()
+    def calibrate(self, idx, keys=None):
+        """Set every layer's threshold from one forward over idx (B, T): a layer's before that layer routes."""
+        self.blocks(self.embed(idx), "calibrate", keys)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, mode="threshold", temperature=0.8, top_k=200, generator=None):
+        """idx (1, T) -> yields (token id, [did each controlled layer run full]) for every token that was read,
+        the prompt's first. Past block_size it goes on from the last half of the context."""
+        device, dtype = idx.device, self.wte.weight.dtype
+        cache, tokens, fed = Cache(self.config, 1, device, dtype), idx, idx
+        for n in range(max_new_tokens + 1):
+            fresh = fed.size(1)
+            if cache.position + fresh > self.config.block_size:
+                cache, fed = Cache(self.config, 1, device, dtype), tokens[:, -(self.config.block_size // 2):]
+            logits, routes = self(fed, mode, cache=cache, keys=torch.zeros(1, dtype=torch.int64, device=device))
+            masks = torch.stack([r.mask[0, -fresh:] for r in routes], 1).tolist() if routes else [[]] * fresh
+            yield from zip(tokens[0, -fresh:].tolist(), masks)
+            if n == max_new_tokens:
+                return
+            logits = logits[0, -1].float()
+            if temperature > 0:
+                logits = logits / temperature
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
+                fed = torch.multinomial(logits.softmax(-1), 1, generator=generator)[None]
+            else:
+                fed = logits.argmax()[None, None]
+            tokens = torch.cat([tokens, fed], 1)
+
+
+# -----------------------------------------------------------------------------
+# weights from Hugging Face
+
+def load_gpt2(model, source):
+    """Copy GPT-2 weights (a Hugging Face folder, or a hub name) into `model`'s backbone. Raises ValueError, with
+    a one-line reason, when they are missing or of another shape. Logits then equal `transformers`'."""
+    from safetensors.torch import load_file
+    config, path = gpt2_source(source)
+    mine = {"n_layer": model.config.n_layer, "n_head": model.config.n_head, "n_embd": model.config.n_embd,
+            "n_positions": model.config.block_size, "vocab_size": model.config.vocab_size}
+    other = {k: config.get(k) for k, v in mine.items() if config.get(k) != v and not (k == "n_positions" and config.get(k, 0) >= v)}
+    if other:
+        raise ValueError(f"{source} is of another shape: it has {other}, the config asks {({k: mine[k] for k in other})}")
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+    with torch.no_grad():
+        for name, p in model.backbone().items():
+            w = weights[name]
+            if name.startswith("h.") and w.dim() == 2:
+                w = w.t()  # GPT-2's Conv1D holds (in, out)
+            p.copy_(w[:p.size(0)] if name == "wpe.weight" else w)
+
+
+def gpt2_source(source):
+    """A folder or a hub name -> (its config.json as a dict, the path of its safetensors file)."""
+    if not os.path.isdir(source):
+        from huggingface_hub import snapshot_download
+        try:
+            source = snapshot_download(source, allow_patterns=["config.json", "model.safetensors"])
+        except Exception as error:
+            raise ValueError(f"no folder {source!r}, and the hub did not give it ({type(error).__name__}); "
+                             "name a folder with config.json and model.safetensors") from None
+    try:
+        with open(os.path.join(source, "config.json")) as f:
+            config = json.load(f)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source}/config.json cannot be read ({error})") from None
+    path = os.path.join(source, "model.safetensors")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing")
+    return config, path
+
+
+# -----------------------------------------------------------------------------
+# the FLOPs ledger
+
+def ledger(model, mode, gathered=False, label=None, jepa=False):
+    """FLOPs per token at T = block_size, itemised (2 per multiply-add; attention counted as T^2, `causal_attention`
+    beside it). mode `dense` trains everything, the others the controllers alone. label: None, or (oracle, layers a
+    step, share of the batch). Returns {train: {item: (forward, backward)}, inference: {item: forward}, and totals
+    with the two ratios: forward_proxy (what training executes forward over a full-only forward, the paper's reading)
+    and train_ratio (over a dense training step)}."""
+    c = model.config
+    D, T, V, r, L, C = c.n_embd, c.block_size, c.vocab_size, c.cheap_rank, c.n_layer, list(c.controlled)
+    linear, scores, full, cheap, head = 8 * D * D, 4 * T * D, 16 * D * D, 4 * D * r, 2 * D * V
+    dense_forward = L * (linear + scores + full) + head
+    items, inference = {}, {}
+
+    def add(item, forward, backward=0.0, table=items):
+        f, b = table.get(item, (0.0, 0.0))
+        table[item] = (f + forward, b + backward)
+
+    routed = mode in ("topk", "threshold")
+    scaled = c.estimator == "scaled" and (not C or model.h[C[0]].gate.learned)
+    for i in range(L):
+        # No gradient is needed below the first controlled layer, and none of frozen weights: backward costs 1x, not 2x.
+        grad = 2 if mode == "dense" else 1 if C and i > C[0] else 0
+        add("attention", linear + scores, grad * linear + 2 * scores * (grad > 0))
+        add("attention", linear + scores, table=inference)
+        if i not in C or mode in ("dense", "full"):
+            add("full", full, grad * full)
+            add("full", full, table=inference)
+            continue
+        share = model.h[i].budget if routed else float(mode == "adapter")
+        run_full = 1.0 if routed and not gathered else share
+        run_cheap = 1 - share if routed and gathered and not scaled else 1.0
+        add("full", run_full * full, run_full * grad * full)
+        add("cheap", run_cheap * cheap, run_cheap * (2 if grad else 1.5) * cheap)  # h needs no gradient in the first
+        add("full", share * full, table=inference)
+        add("cheap", cheap * (1 - share if routed and not scaled else 1.0), table=inference)
+        if routed:
+            for item, (forward, backward) in gate_flops(model.h[i].gate).items():
+                if item != "target_head" or jepa:
+                    add(item, forward, backward)
+                if item != "target_head":
+                    add(item, forward, table=inference)
+    add("lm_head", head, head * (2 if mode == "dense" else 1))
+    add("lm_head", head, table=inference)
+    if label:
+        oracle, layers, part = label
+        suffix = 0.0
+        for l in C:  # both branches, from l + 1 to the loss, averaged over the layer that is drawn
+            suffix += full + cheap + 2 * head
+            for i in range(l + 1, L):
+                ffn = full
+                if i in C and oracle == "on_policy":
+                    ffn = inference_ffn(model, i, full, cheap, scaled)
+                suffix += 2 * (linear + scores + ffn)
+        add("labels", suffix / len(C) * layers * part)
+    forward, backward = (sum(x[j] for x in items.values()) for j in (0, 1))
+    served = sum(f for f, _ in inference.values())
+    return {"train": items, "inference": {k: f for k, (f, _) in inference.items()}, "forward": forward, "backward": backward,
+            "forward_proxy": forward / dense_forward, "train_ratio": (forward + backward) / (3 * dense_forward),
+            "inference_flops": served, "inference_ratio": served / dense_forward, "dense_forward": dense_forward,
+            "causal_attention": L * (linear + scores / 2)}
+
+
+def gate_flops(gate):
+    """{item: (forward, backward)} per token. The gate reads a detached h, so its first map has no input gradient."""
+    if hasattr(gate, "predictor"):  # enc, the predictor once per action, the scorer
+        D, d = gate.enc.in_features, gate.enc.out_features
+        predictor, scorer = 2 * 2 * (6 * d * d), 2 * (9 * d * d + 3 * d)
+        return {"gate": (2 * D * d + scorer, 2 * D * d + 2 * scorer), "predictor": (predictor, 2 * predictor),
+                "target_head": (2 * 2 * D * d, 0.0)}
+    maps = [2 * m.weight.numel() for m in gate.modules() if isinstance(m, nn.Linear)]
+    return {"gate": (sum(maps), 2 * sum(maps) - maps[0])} if maps else {}
+
+
+def inference_ffn(model, i, full, cheap, scaled):
+    """What the FFN of controlled layer i costs per token when it is routed and gathered, its gate included."""
+    share = model.h[i].budget
+    gate = sum(f for item, (f, _) in gate_flops(model.h[i].gate).items() if item != "target_head")
+    return share * full + (1.0 if scaled else 1 - share) * cheap + gate
