@@ -17,8 +17,8 @@ The contract:
   float32. The score of a token depends on that token alone: decoding sees one token at a time.
 - `noise()` gives uniform numbers (B, T) that depend only on (seed, step, layer, row, position), so that a
   random gate repeats under resume, accumulation, several processes and a KV cache.
-- `prediction` is None, or the predicted outcome (B, T, 2, d) of [full, cheap]. A gate that predicts has
-  `target(full, cheap)`, which returns what to align it with, and it gets the JEPA loss.
+- `prediction` is None, or the predicted outcome (B, T, 2, d) of [full, cheap]. A gate that predicts says
+  `predicts = True`, has `target(full, cheap)`, which returns what to align it with, and gets the JEPA loss.
 - `learned = False` says that no gradient reaches the scores: the route weight is the plain mask.
 - `config` is a model.GPTConfig. The tests run over every registered gate.
 
@@ -45,9 +45,13 @@ def register(name):
 
 class Gate(nn.Module):
     learned = True
+    predicts = False
 
-    def target(self, full, cheap):
-        raise NotImplementedError("a gate that returns a prediction defines target()")
+    def flops(self):
+        """{item: (forward, backward)} per token, for the ledger: here every linear map once, the first without an input
+        gradient, since h is detached."""
+        maps = [2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
+        return {"gate": (sum(maps), 2 * sum(maps) - maps[0])} if maps else {}
 
 
 # -----------------------------------------------------------------------------
@@ -70,6 +74,7 @@ class MLPGate(Gate):
 class JEPAGate(Gate):
     """G3, the JEPA-guided gate: it predicts, in a small latent space, the outcome of full and of cheap,
     and scores the token from the two predictions. Latent d; predictor and scorer are 3d wide."""
+    predicts = True
 
     def __init__(self, config, layer):
         super().__init__()
@@ -94,6 +99,12 @@ class JEPAGate(Gate):
         out = torch.stack([full, cheap], dim=2).float()  # (B, T, 2, D)
         rms = out.square().mean(-1, keepdim=True).sqrt()
         return (out / rms.clamp_min(1e-12)) @ self.head.float()  # (B, T, 2, d)
+
+    def flops(self):
+        D, d = self.head.shape
+        predictor, scorer = 2 * 12 * d * d, 18 * d * d + 6 * d  # the predictor runs once for each action
+        return {"gate": (2 * D * d + scorer, 2 * D * d + 2 * scorer), "predictor": (predictor, 2 * predictor),
+                "target_head": (4 * D * d, 0.0)}
 
 
 @register("linear")
@@ -122,8 +133,8 @@ class RandomGate(Gate):
 
 @register("static")
 class StaticGate(RandomGate):
-    """No gate at all: `choose_static` gives each layer a share of full tokens, whole layers where possible;
-    inside a layer with a broken share the tokens are random. A learned gate has to beat this."""
+    """No gate at all: with share_step = 1, `allocate` makes whole layers full; inside a layer with a broken share
+    the tokens are random. A learned gate has to beat this."""
 
 
 # -----------------------------------------------------------------------------
@@ -268,21 +279,23 @@ def exact_labels(model, idx, targets, keys, layer, positions, suffix="topk"):
 
 
 @torch.no_grad()
-def choose_static(model, idx, targets, keys, budget):
-    """Give the layers shares of full that add up to budget * (number of controlled layers): greedily the layer
-    that lowers the loss on this training text most, whole layers first, a broken share last."""
+def allocate(model, idx, targets, keys, budget, step):
+    """Hand out budget * (number of controlled layers) in portions of `step`, each to the layer where it lowers the loss
+    on this training text most; a layer holds 1 at most. Sets every layer's share of full tokens and returns them."""
     blocks = [model.h[i] for i in model.config.controlled]
     for block in blocks:
         block.budget = 0.0
     left = budget * len(blocks)
     while left > 1e-9:
-        share, losses = min(1.0, left), {}
-        for block in (b for b in blocks if b.budget == 0):
-            block.budget = share
-            losses[block] = model.token_losses(model.blocks(model.embed(idx), "topk", keys=keys)[0], targets).mean().item()
-            block.budget = 0.0
-        min(losses, key=losses.get).budget = share
-        left -= share
+        losses = {}
+        for block in (b for b in blocks if b.budget < 1):
+            before, block.budget = block.budget, min(1.0, block.budget + min(step, left))
+            losses[block] = model.token_losses(model.blocks(model.embed(idx), "topk", keys)[0], targets).mean().item()
+            block.budget = before
+        best = min(losses, key=losses.get)
+        portion = min(step, left, 1 - best.budget)
+        best.budget += portion
+        left -= portion
     return [block.budget for block in blocks]
 
 

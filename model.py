@@ -126,7 +126,7 @@ class Block(nn.Module):
             full, cheap = self.mlp(h), self.cheap(h)  # (B, T, D)
             w = w.to(full.dtype)
             x_out = x + (w * full + (1 - w) * cheap)
-            if prediction is not None and align:
+            if align and self.gate.predicts:
                 target = self.gate.target(full, cheap)  # (B, T, 2, d)
         return x_out, Route(self.layer, scores, mask, prediction, target, *((x, h) if keep else (None, None)))
 
@@ -367,7 +367,7 @@ def ledger(model, mode, gathered=False, label=None, jepa=False):
         add("full", share * full, table=inference)
         add("cheap", cheap * (1 - share if routed and not scaled else 1.0), table=inference)
         if routed:
-            for item, (forward, backward) in gate_flops(model.h[i].gate).items():
+            for item, (forward, backward) in model.h[i].gate.flops().items():
                 if item != "target_head" or jepa:
                     add(item, forward, backward)
                 if item != "target_head":
@@ -381,8 +381,10 @@ def ledger(model, mode, gathered=False, label=None, jepa=False):
             suffix += full + cheap + 2 * head
             for i in range(l + 1, L):
                 ffn = full
-                if i in C and oracle == "on_policy":
-                    ffn = inference_ffn(model, i, full, cheap, scaled)
+                if i in C and oracle == "on_policy":  # routed and gathered, its gate included
+                    share = model.h[i].budget
+                    ffn = share * full + (1.0 if scaled else 1 - share) * cheap + sum(
+                        f for item, (f, _) in model.h[i].gate.flops().items() if item != "target_head")
                 suffix += 2 * (linear + scores + ffn)
         add("labels", suffix / len(C) * layers * part)
     forward, backward = (sum(x[j] for x in items.values()) for j in (0, 1))
@@ -391,21 +393,3 @@ def ledger(model, mode, gathered=False, label=None, jepa=False):
             "forward_proxy": forward / dense_forward, "train_ratio": (forward + backward) / (3 * dense_forward),
             "inference_flops": served, "inference_ratio": served / dense_forward, "dense_forward": dense_forward,
             "causal_attention": L * (linear + scores / 2)}
-
-
-def gate_flops(gate):
-    """{item: (forward, backward)} per token. The gate reads a detached h, so its first map has no input gradient."""
-    if hasattr(gate, "predictor"):  # enc, the predictor once per action, the scorer
-        D, d = gate.enc.in_features, gate.enc.out_features
-        predictor, scorer = 2 * 2 * (6 * d * d), 2 * (9 * d * d + 3 * d)
-        return {"gate": (2 * D * d + scorer, 2 * D * d + 2 * scorer), "predictor": (predictor, 2 * predictor),
-                "target_head": (2 * 2 * D * d, 0.0)}
-    maps = [2 * m.weight.numel() for m in gate.modules() if isinstance(m, nn.Linear)]
-    return {"gate": (sum(maps), 2 * sum(maps) - maps[0])} if maps else {}
-
-
-def inference_ffn(model, i, full, cheap, scaled):
-    """What the FFN of controlled layer i costs per token when it is routed and gathered, its gate included."""
-    share = model.h[i].budget
-    gate = sum(f for item, (f, _) in gate_flops(model.h[i].gate).items() if item != "target_head")
-    return share * full + (1.0 if scaled else 1 - share) * cheap + gate

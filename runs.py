@@ -10,7 +10,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from configurator import ConfigError
-from model import load_gpt2
+from model import GPT, GPTConfig, load_gpt2
+from prepare import load_data
 
 # -----------------------------------------------------------------------------
 # the machine
@@ -59,6 +60,10 @@ class Machine:
     def barrier(self):
         if self.world > 1:
             torch.distributed.barrier()
+
+    def close(self):
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
 
     def describe(self):
         name = torch.cuda.get_device_name() if self.device == "cuda" else platform.processor() or platform.machine()
@@ -164,6 +169,44 @@ def open_run(out, config, overwrite):
     return lock
 
 
+# -----------------------------------------------------------------------------
+# models on disk
+
+# What a backbone depends on; with its data's sha256 it is the backbone's identity.
+BACKBONE_KEYS = ("seed", "n_layer", "n_head", "n_embd", "block_size", "max_iters", "warmup_iters", "batch_size", "learning_rate", "muon_lr",
+                 "gradient_accumulation_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip")
+
+
+def identity(config, meta):
+    """What a backbone is: a hash of the keys that it depends on and of its data."""
+    facts = {k: config[k] for k in BACKBONE_KEYS} | {s: meta["splits"][s]["sha256"] for s in ("train", "val")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_folder(config):
+    return config["out_dir"] or os.path.join("out", config["scale"], config["recipe"], f"seed{config['seed']}")
+
+
+def model_config(config, vocab_size):
+    fields = {k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config}
+    fields["controlled"] = () if config["mode"] == "dense" else tuple(config["controlled"])
+    return GPTConfig(**fields, vocab_size=vocab_size)
+
+
+def build(config, meta, machine):
+    """A model for this config, freshly initialised as a function of the seed."""
+    torch.manual_seed(config["seed"])
+    return GPT(model_config(config, meta["vocab_size"])).to(machine.device)
+
+
+def freeze(model, machine):
+    """No gradient for the backbone; its weights in the compute dtype: autocast would cast a frozen one at every use."""
+    for name, p in model.backbone().items():
+        p.requires_grad_(False)
+        if machine.dtype == torch.bfloat16 and (".c_" in name or name.startswith("wte")):
+            p.data = p.data.to(torch.bfloat16)
+
+
 def load_backbone(model, folder, machine):
     """Copy the backbone into the model and freeze it -> what the summary says of it."""
     if folder.startswith("hf:"):
@@ -177,10 +220,7 @@ def load_backbone(model, folder, machine):
         load_weights(model, ckpt["model"], folder, needed=model.backbone())
         known = {"path": folder, "identity": ckpt["identity"]}
     known["weights"] = weights_hash(model.backbone())
-    for name, p in model.backbone().items():
-        p.requires_grad_(False)
-        if machine.dtype == torch.bfloat16 and (".c_" in name or name.startswith("wte")):
-            p.data = p.data.to(torch.bfloat16)  # cast once: autocast would cast a frozen weight at every use
+    freeze(model, machine)
     return known
 
 
@@ -191,6 +231,18 @@ def load_controllers(model, ckpt, folder, known):
     load_weights(model, ckpt["model"], folder, needed={n: p for n, p in model.named_parameters() if not known or n in model.controllers()})
     for i, budget in zip(model.config.controlled, ckpt["budgets"]):
         model.h[i].budget = budget
+
+
+def load_run(folder, overrides=None):
+    """A run's checkpoint -> (model, config, data, meta, machine), for sample.py, study.py and --eval_only."""
+    ckpt = read_checkpoint(folder)
+    config = {**ckpt["config"], "device": "auto", "dtype": "auto", **(overrides or {})}
+    machine = Machine(config)
+    data, meta = load_data(config["dataset"], config["block_size"])
+    model = build(config, meta, machine)
+    known = load_backbone(model, ckpt["backbone"]["path"], machine) if ckpt["backbone"] else None
+    load_controllers(model, ckpt, folder, known)
+    return model.requires_grad_(False), config, data, meta, machine
 
 
 def paint(pieces, depths, most, color):

@@ -13,8 +13,8 @@ import torch
 
 from configurator import ConfigError, configure, exit_on_error
 from prepare import eval_batch, piece, tokenizer
-from runs import paint, write_whole
-from train import CALIBRATION_ITERS, calibrate, load_run
+from runs import load_run, paint, write_whole
+from train import CALIBRATION_ITERS, calibrate
 
 DEFAULTS = dict(
     prompt="The ", max_new_tokens=300,

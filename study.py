@@ -25,7 +25,7 @@ from scipy import stats
 
 import train as trainer
 from configurator import ConfigError, configure, did_you_mean, exit_on_error
-from runs import Machine, read_json, write_json, write_whole
+from runs import Machine, build, read_json, write_json, write_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REFERENCES = ["cheap_only", "full_adapter"]
@@ -95,7 +95,7 @@ def project(arms, seeds, words, folder, jobs):
     config = trainer.validate(configure(trainer.DEFAULTS, arm_words("g1_no_utilrank", 0, words, folder)))
     machine = Machine(config)
     data, meta = trainer.open_data(config, machine)
-    model = trainer.build(config, meta, machine)
+    model = build(config, meta, machine)
     for p in model.backbone().values():
         p.requires_grad_(False)
     optimizers, batches = trainer.make_optimizers(model, config), trainer.eval_batches(data, config)
@@ -110,7 +110,7 @@ def project(arms, seeds, words, folder, jobs):
     base, seconds = None, {}
     for arm in ["g1_no_utilrank", *arms]:
         c = trainer.validate(configure(trainer.DEFAULTS, arm_words(arm, 0, words, folder)))
-        ratio = trainer.flops_of(trainer.build(c, meta, machine), c)["train_ratio"]
+        ratio = trainer.flops_of(build(c, meta, machine), c)["train_ratio"]
         base = base or ratio
         seconds[arm] = c["max_iters"] * one * ratio / base + (c["max_iters"] / c["eval_interval"] + 9) * evaluation + 8
     return seconds

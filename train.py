@@ -10,7 +10,6 @@ A run writes out/<scale>/<recipe>/seed<k>/: config.json, log.jsonl, ckpt.pt, sum
 interrupted run, and leaves a finished one alone.
 """
 import functools
-import hashlib
 import json
 import math
 import os
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 
 from configurator import ConfigError, configure, did_you_mean, exit_on_error, read_file
-from gates import (ESTIMATORS, GATES, ORACLES, choose_static, jepa_loss, label, oracle_labels, predictor_health,
+from gates import (ESTIMATORS, GATES, ORACLES, allocate, jepa_loss, label, oracle_labels, predictor_health,
                    rank_correlation, rank_loss, uniform, util_loss)
-from model import GPT, GPTConfig, ledger
+from model import ledger
 from prepare import eval_batch, get_batch, load_data, piece, prepare, tokenizer
-from runs import (Machine, load_backbone, load_controllers, open_run, paint, read_checkpoint, read_json, weights_hash, write_json,
-                  write_whole)
+from runs import (Machine, build, identity, load_backbone, load_controllers, load_run, open_run, paint, read_checkpoint, read_json,
+                  run_folder, weights_hash, write_json, write_whole)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
@@ -42,7 +41,8 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     controlled=[1, 2, 3, 4, 5],  # the layers that route, from 0
     cheap_rank=16, gate="g3", g1_hidden=47, latent=16,
     estimator="ste",  # ste, ste_norm or scaled; see gates.route_weight
-    budget=0.5,  # the share of tokens that goes full at each controlled layer
+    budget=0.5,  # the share of tokens that goes full, over all controlled layers
+    share_step=0.0,  # 0: the same share in each layer; else gates.allocate hands the budget out in such portions
     # the losses besides the LM's
     lambda_util=1.0, lambda_rank=1.0, lambda_jepa=1.0,
     oracle="off_policy",  # off_policy or on_policy; see gates.oracle_labels
@@ -54,7 +54,7 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     gate_lr=3e-3,
     muon_lr=0.0,  # of the matrices in the layers, by Muon; 0 leaves them to AdamW
     min_lr_ratio=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0,
-    backbone_iters=600, backbone_lr=5e-3, backbone_muon_lr=1e-2, backbone_batch_size=16,  # what config/backbone.py takes
+    backbone_iters=600, backbone_lr=1e-2, backbone_muon_lr=1e-2, backbone_batch_size=16,  # what config/backbone.py takes
     # evaluation: eval_iters batches while training, final_eval_iters at the end (both at most the whole split)
     eval_interval=50, eval_iters=8, final_eval_iters=64, log_interval=10,
     # the machine
@@ -63,9 +63,6 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     compile=False, overwrite=False, eval_only=False,
 )
 CALIBRATION_ITERS = 4  # batches of training text that set the thresholds
-# What a backbone depends on; with its data's sha256 it is the backbone's identity.
-BACKBONE_KEYS = ("seed", "n_layer", "n_head", "n_embd", "block_size", "max_iters", "warmup_iters", "batch_size", "learning_rate", "muon_lr",
-                 "gradient_accumulation_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip")
 
 
 def validate(config):
@@ -83,7 +80,7 @@ def validate(config):
                 "gate_lr", "muon_lr", "weight_decay", "grad_clip"):
         if c[key] < 0:
             raise ConfigError(f"--{key}={c[key]} is negative; give 0 or more")
-    for key in ("budget", "label_share", "min_lr_ratio", "beta1", "beta2"):
+    for key in ("budget", "share_step", "label_share", "min_lr_ratio", "beta1", "beta2"):
         if not 0 <= c[key] <= 1:
             raise ConfigError(f"--{key}={c[key]} is outside [0, 1]; give a share such as {DEFAULTS[key]}")
     if c["n_embd"] % c["n_head"]:
@@ -204,8 +201,8 @@ def set_learning_rate(optimizers, config, step):
 
 def trains_gathered(config):
     """Masked where something teaches on every token: `ste` needs both paths for w's gradient, JEPA both outcomes."""
-    predicts = config["gate"] == "g3" and config["lambda_jepa"] > 0
-    return not GATES[config["gate"]].learned or (config["estimator"] == "scaled" and not predicts)
+    gate = GATES[config["gate"]]
+    return not gate.learned or (config["estimator"] == "scaled" and not (gate.predicts and config["lambda_jepa"] > 0))
 
 
 def labelled_rows(config, b):
@@ -263,7 +260,7 @@ def evaluate_all(model, config, batches, machine):
 @torch.no_grad()
 def health(model, config, batch, machine, rows=16):
     """{layer: predictor_health} on a few rows, for a gate that predicts."""
-    if config["mode"] != "topk":
+    if config["mode"] != "topk" or not GATES[config["gate"]].predicts:
         return {}
     x, keys = (t[:rows].to(machine.device) for t in (batch[0], batch[2]))
     with machine.autocast():
@@ -273,24 +270,6 @@ def health(model, config, batch, machine, rows=16):
 
 # -----------------------------------------------------------------------------
 # the frozen backbone
-
-def identity(config, meta):
-    """What a backbone is: a hash of the keys that it depends on and of its data."""
-    facts = {k: config[k] for k in BACKBONE_KEYS} | {s: meta["splits"][s]["sha256"] for s in ("train", "val")}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def run_folder(config):
-    return config["out_dir"] or os.path.join("out", config["scale"], config["recipe"], f"seed{config['seed']}")
-
-
-def build(config, meta, machine):
-    """A model for this config, freshly initialised as a function of the seed."""
-    torch.manual_seed(config["seed"])
-    fields = {k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config}
-    fields["controlled"] = () if config["mode"] == "dense" else tuple(config["controlled"])
-    return GPT(GPTConfig(**fields | {"vocab_size": meta["vocab_size"]})).to(machine.device)
-
 
 def find_backbone(config, meta, data, machine):
     """The folder of the frozen model, trained here on first use and reused while its config and data are the same."""
@@ -313,18 +292,6 @@ def find_backbone(config, meta, data, machine):
             print(f"no backbone for this config and data yet: training one into {out} (once; every gate and seed reuses it)", flush=True)
         train({**dense, "out_dir": out}, machine, data, meta)
     return out
-
-
-def load_run(folder, overrides=None):
-    """A run's checkpoint -> (model, config, data, meta, machine), for sample.py, study.py and --eval_only."""
-    ckpt = read_checkpoint(folder)
-    config = {**ckpt["config"], "device": "auto", "dtype": "auto", **(overrides or {})}
-    machine = Machine(config)
-    data, meta = load_data(config["dataset"], config["block_size"])
-    model = build(config, meta, machine)
-    known = load_backbone(model, ckpt["backbone"]["path"], machine) if ckpt["backbone"] else None
-    load_controllers(model, ckpt, folder, known)
-    return model.requires_grad_(False), config, data, meta, machine
 
 
 # -----------------------------------------------------------------------------
@@ -417,10 +384,10 @@ def train(config, machine, data=None, meta=None):
             machine.barrier()
         if last:
             break
-        if config["gate"] == "static" and config["mode"] == "topk" and step == config["max_iters"] // 10:
-            with machine.autocast():  # the cheap FFNs have learned by now, on random routing
-                shares = choose_static(model, *(t.to(machine.device) for t in batches["calibrate"]), config["budget"])
-            say(f"static: shares of full tokens per controlled layer, chosen on training text: {shares}")
+        if config["share_step"] and config["mode"] == "topk" and step == config["max_iters"] // 10:
+            with machine.autocast():  # by now the cheap FFNs have learned
+                shares = allocate(model, *(t.to(machine.device) for t in batches["calibrate"]), config["budget"], config["share_step"])
+            say(f"shares of full tokens per controlled layer, chosen on training text: {[round(s, 3) for s in shares]}")
 
         began = time.time()
         set_learning_rate(optimizers, config, step)
@@ -524,7 +491,9 @@ def main():
         losses, budgets = evaluate_all(model, config, batches, machine)
         print(json.dumps({"budget": budget, "val_loss": losses, "realised_budget": budgets}))
         return
-    train(config, Machine(config))
+    machine = Machine(config)
+    train(config, machine)
+    machine.close()
 
 
 if __name__ == "__main__":
