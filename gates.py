@@ -98,7 +98,8 @@ class JEPAGate(Gate):
         """FFN outputs (B, T, D) twice -> targets (B, T, 2, d), float32; all zero where the output is zero."""
         out = torch.stack([full, cheap], dim=2).float()  # (B, T, 2, D)
         rms = out.square().mean(-1, keepdim=True).sqrt()
-        return (out / rms.clamp_min(1e-12)) @ self.head.float()  # (B, T, 2, d)
+        with torch.autocast(out.device.type, enabled=False):
+            return (out / rms.clamp_min(1e-12)) @ self.head.float()  # (B, T, 2, d)
 
     def flops(self):
         D, d = self.head.shape
@@ -170,7 +171,9 @@ def threshold_for(scores, budget):
     k = full_tokens(budget, scores.numel())
     if k == 0 or k == scores.numel():
         return torch.full((), -math.inf if k else math.inf, device=scores.device)
-    return scores.flatten().kthvalue(scores.numel() - k).values
+    below, above = (scores.flatten().kthvalue(scores.numel() - k + i).values for i in (0, 1))
+    middle = below + (above - below) / 2  # on a score itself, rounding would decide when the same context comes again
+    return torch.where(middle < above, middle, below)
 
 
 def standardise(x):

@@ -272,6 +272,7 @@ class GPT(nn.Module):
             fresh = fed.size(1)
             if cache.position + fresh > self.config.block_size:
                 cache, fed = Cache(self.config, 1, device, dtype), tokens[:, -(self.config.block_size // 2):]
+                fresh = min(fresh, fed.size(1))  # a prompt longer than block_size
             logits, routes = self(fed, mode, cache=cache, keys=torch.zeros(1, dtype=torch.int64, device=device))
             masks = torch.stack([r.mask[0, -fresh:] for r in routes], 1).tolist() if routes else [[]] * fresh
             yield from zip(tokens[0, -fresh:].tolist(), masks)
@@ -293,6 +294,7 @@ class GPT(nn.Module):
 def load_gpt2(model, source):
     """Copy GPT-2 weights (a Hugging Face folder, or a hub name) into `model`'s backbone. Raises ValueError, with
     a one-line reason, when they are missing or of another shape. Logits then equal `transformers`'."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     config, path = gpt2_source(source)
     mine = {"n_layer": model.config.n_layer, "n_head": model.config.n_head, "n_embd": model.config.n_embd,
@@ -300,13 +302,22 @@ def load_gpt2(model, source):
     other = {k: config.get(k) for k, v in mine.items() if config.get(k) != v and not (k == "n_positions" and config.get(k, 0) >= v)}
     if other:
         raise ValueError(f"{source} is of another shape: it has {other}, the config asks {({k: mine[k] for k in other})}")
-    weights = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+    if config.get("activation_function", "gelu_new") != "gelu_new":
+        raise ValueError(f"{source} has the nonlinearity {config['activation_function']!r}, this model has GPT-2's 'gelu_new'")
+    try:
+        weights = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+    found = {}
+    for name, p in model.backbone().items():
+        w = weights.get(name, torch.empty(0))
+        w = w.t() if name.startswith("h.") and w.dim() == 2 else w  # GPT-2's Conv1D holds (in, out)
+        found[name] = w[:p.size(0)] if name == "wpe.weight" else w
+        if found[name].shape != p.shape:
+            raise ValueError(f"{path}: {name} is missing or of another shape, {tuple(w.shape)} instead of {tuple(p.shape)}")
     with torch.no_grad():
         for name, p in model.backbone().items():
-            w = weights[name]
-            if name.startswith("h.") and w.dim() == 2:
-                w = w.t()  # GPT-2's Conv1D holds (in, out)
-            p.copy_(w[:p.size(0)] if name == "wpe.weight" else w)
+            p.copy_(found[name])
 
 
 def gpt2_source(source):

@@ -50,7 +50,7 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     label_share=1.0,  # the share of the batch's rows that gets them
     # optimisation: AdamW, linear warmup, cosine to min_lr_ratio
     max_iters=400, warmup_iters=20, batch_size=16, gradient_accumulation_steps=1,  # batch_size over all processes
-    learning_rate=1e-3,  # of the cheap FFNs, or of the backbone
+    learning_rate=3e-2,  # of the cheap FFNs, or of the backbone
     gate_lr=3e-3,
     muon_lr=0.0,  # of the matrices in the layers, by Muon; 0 leaves them to AdamW
     min_lr_ratio=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0,

@@ -8,3 +8,7 @@ batch_size = backbone_batch_size
 warmup_iters = 50
 weight_decay = 0.1
 eval_interval = 250
+min_lr_ratio = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0

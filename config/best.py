@@ -4,3 +4,4 @@ gate = "g1"
 estimator = "scaled"
 lambda_util = 0.0
 lambda_rank = 0.0
+share_step = 0.25
