@@ -31,7 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 REFERENCES = ["cheap_only", "full_adapter"]
 DEFAULT_ARMS = REFERENCES + ["random", "static", "g1_no_utilrank", "g3_no_utilrank", "g1_full_aux", "g3_full_aux", "best"]
 OPTIONS = dict(arms="", seeds="0,1,2", jobs=0, report_only=False)  # jobs: runs side by side; 0 is one per core, on a GPU one
-RUN_DEFAULTS = dict(backbone="backbone_long", max_iters=1200, eval_interval=100)  # at tiny; a scale file or --key changes them
+RUN_DEFAULTS = dict(backbone="backbone_long", max_iters=600, eval_interval=50)  # at tiny; a scale file or --key changes them
 HIT_LEVELS = (0.25, 0.5, 0.75, 0.9)
 
 # Every claim: what the paper states, and the contrasts that decide it here: (metric, arm A, arm B, the sign of A - B that the
