@@ -11,6 +11,9 @@ import os
 import sys
 
 
+PARTS = (ast.Constant, ast.Name, ast.expr_context, ast.List, ast.Tuple, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator)  # of an expression
+
+
 class ConfigError(Exception):
     """Bad input. `exit_on_error` turns it into one line on stderr and exit code 2."""
 
@@ -38,7 +41,9 @@ def check(key, value, defaults, where):
         raise ConfigError(f"{where}: unknown key {key!r}; {did_you_mean(key, defaults)}")
     kind = type(defaults[key])
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2 ** 1000 else math.inf
+    if type(value) is int and abs(value) >= 2 ** 63:
+        raise ConfigError(f"{where}: {key} is beyond 64 bits; give a smaller number")
     if kind is list and isinstance(value, (tuple, list)):
         value = list(value)
     if type(value) is not kind:
@@ -57,7 +62,7 @@ def read_file(path, base, defaults):
         names = os.listdir("config") if os.path.isdir("config") else []
         hint = did_you_mean(os.path.basename(path), names) if names else "name a file"
         raise ConfigError(f"cannot read the config file {path!r} ({error.strerror}); {hint}") from None
-    except (SyntaxError, ValueError) as error:  # ValueError: null bytes, or bytes that are not UTF-8
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # ValueError: null bytes, or bytes that are not UTF-8
         raise ConfigError(f"{path} is not a config file ({error}); it takes `key = value` lines") from None
     config = dict(base)
     for node in tree.body:
@@ -67,6 +72,9 @@ def read_file(path, base, defaults):
             raise ConfigError(f"{path}:{node.lineno}: a config file takes only `key = value` lines and comments")
         key = node.targets[0].id
         try:
+            for part in ast.walk(node.value):
+                if not isinstance(part, PARTS) or isinstance(part, ast.Pow):
+                    raise ValueError(f"it holds a {type(part).__name__}")
             value = eval(compile(ast.Expression(node.value), path, "eval"), {"__builtins__": {}}, config)
         except Exception as error:
             raise ConfigError(f"{path}:{node.lineno}: cannot evaluate the value of {key!r} ({error}); "
@@ -83,7 +91,7 @@ def parse_value(key, text, default, where):
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ConfigError(f"{where}: {key} takes {type(default).__name__} (such as {default!r}), "
                           f"not {text!r}") from None
     return [value] if isinstance(default, list) and not isinstance(value, (tuple, list)) else value

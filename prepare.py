@@ -85,6 +85,7 @@ def stdlib_documents():
 def dataset_documents(source):
     """fineweb-edu, or a glob of local files, through Hugging Face `datasets`: one `text` per row or txt file."""
     import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told once, by us
     if source == "fineweb-edu":
         rows = datasets.load_dataset("HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True)
     else:
@@ -103,6 +104,16 @@ def dataset_documents(source):
         if not isinstance(row.get("text"), str):
             raise ConfigError(f"{source}: a row has no `text` (it has {', '.join(map(str, row))}); rename the column that holds the text")
         yield row["text"]
+
+
+def checked(documents, source):
+    """The same documents; whatever goes wrong in reading them is one ConfigError."""
+    try:
+        yield from documents
+    except ConfigError:
+        raise
+    except Exception as error:  # of pyarrow, of the network, of the encoding
+        raise ConfigError(f"--source={source!r} cannot be read ({type(error).__name__}: {error}); mend or leave out that file, or check the network") from None
 
 
 # -----------------------------------------------------------------------------
@@ -171,6 +182,8 @@ def encode_stream(documents, enc, workers, held_out):
 def prepare(source="stdlib", name="", tokens="", tokenizer_name="", workers=0, overwrite=False, root="data"):
     """Make data/<name>/ and return its meta. Raises ConfigError; whatever happens, no half-made folder stays."""
     limit = parse_count(tokens)
+    if workers < 0:
+        raise ConfigError(f"--workers={workers} is negative; give 0 (one per core) or more")
     if not name:
         if source not in ("stdlib", "fineweb-edu"):
             raise ConfigError(f"--source={source!r} needs a name; add --name=NAME for the folder under data/")
@@ -186,13 +199,15 @@ def prepare(source="stdlib", name="", tokens="", tokenizer_name="", workers=0, o
     if source == "stdlib":
         documents, dropped["leak"] = drop_leaks(list(dict.fromkeys(stdlib_documents())), held_out)
     else:
-        documents = dataset_documents(source)
+        documents = checked(dataset_documents(source), source)
 
     part = os.path.join(root, f".{name}.{os.getpid()}.part")
     start, seen = time.time(), set()
     counts = {s: {"tokens": 0, "documents": 0} for s in ("train", "val", "test")}
     hashes = {s: hashlib.sha256() for s in counts}
     try:
+        for stale in glob.glob(os.path.join(glob.escape(root), f".{glob.escape(name)}.*.part*")):
+            shutil.rmtree(stale, ignore_errors=True)  # of a killed run
         os.makedirs(part)
         with contextlib.ExitStack() as stack:
             files = {s: stack.enter_context(open(os.path.join(part, f"{s}.bin"), "wb")) for s in counts}
@@ -252,11 +267,13 @@ def load_data(name, block_size, root="data"):
         try:
             with open(path, encoding="utf-8") as f:
                 meta = json.load(f)
-            tokenizer_name, vocab, listed = meta["tokenizer"], int(meta["vocab_size"]), dict(meta["splits"])
+            tokenizer_name, vocab, listed = meta["tokenizer"], meta["vocab_size"], dict(meta["splits"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is broken ({type(error).__name__}: {error}); {again}") from None
-        if meta.get("dtype") != "uint16" or not 0 < vocab <= 65536 or not {"train", "val"} <= set(listed):
-            raise ConfigError(f"{path} is broken (dtype {meta.get('dtype')!r}, vocab_size {vocab}, splits {sorted(listed)}); {again}")
+        if tokenizer_name not in ("bytes", "gpt2"):
+            raise ConfigError(f"{path} names the tokenizer {tokenizer_name!r}, which is unknown; {again}")
+        if meta.get("dtype") != "uint16" or type(vocab) is not int or not 0 < vocab <= 65536 or not {"train", "val"} <= set(listed):
+            raise ConfigError(f"{path} is broken (dtype {meta.get('dtype')!r}, vocab_size {vocab!r}, splits {sorted(listed)}); {again}")
     data = {}
     for split in ("train", "val", "test"):
         path = os.path.join(folder, f"{split}.bin")

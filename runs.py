@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,6 +22,8 @@ class Machine:
 
     def __init__(self, config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if config["device"] not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device={config['device']!r} is unknown; use auto, cpu or cuda")
         cuda = torch.cuda.is_available()
         if config["device"] == "cuda" and not cuda:
             raise ConfigError("--device='cuda' but PyTorch finds no CUDA device; use --device=cpu or leave it to auto")
@@ -102,14 +105,18 @@ def read_json(path):
         raise ConfigError(f"{path} cannot be read ({error}); delete it, or the whole run with --overwrite") from None
 
 
+CHECKPOINT_KEYS = {"config", "identity", "backbone", "step", "seconds", "evals", "log_bytes", "model", "budgets", "optimizers"}
+
+
 def read_checkpoint(folder):
     """The checkpoint of a run, read with weights_only=True: a pickle with code in it is refused, never executed."""
     path = os.path.join(folder, "ckpt.pt")
     if not os.path.exists(path):
         raise ConfigError(f"{path} does not exist; train it first, or name another run")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        return ckpt if isinstance(ckpt, dict) and {"model", "config", "step"} <= set(ckpt) else 1 / 0
+        with warnings.catch_warnings(action="ignore"):
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        return ckpt if isinstance(ckpt, dict) and CHECKPOINT_KEYS <= set(ckpt) else 1 / 0
     except Exception as error:
         raise ConfigError(f"{path} is not a checkpoint of this program ({type(error).__name__}); it may be truncated: delete it") from None
 
@@ -158,15 +165,18 @@ def open_run(out, config, overwrite):
             if os.path.exists(os.path.join(out, name)):
                 os.remove(os.path.join(out, name))
     path = os.path.join(out, "config.json")
-    there = read_json(path)
-    if there is None:
+    if not os.path.exists(path):
         write_json(path, {**config, "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}, "git_commit": git_commit()})
-    else:
-        differ = [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in config.items() if k not in FREE_KEYS and there.get(k) != v]
-        if differ:
-            raise ConfigError(f"{out} holds a run with another config: {', '.join(differ[:4])}; choose another --recipe, --seed "
-                              "or --out_dir, or replace that run with --overwrite")
+    refuse_another_config(out, config)
     return lock
+
+
+def refuse_another_config(out, config):
+    there = read_json(os.path.join(out, "config.json"))
+    differ = [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in config.items() if there and k not in FREE_KEYS and there.get(k) != v]
+    if differ:
+        raise ConfigError(f"{out} holds a run with another config: {', '.join(differ[:4])}; choose another --recipe, --seed "
+                          "or --out_dir, or replace that run with --overwrite")
 
 
 # -----------------------------------------------------------------------------
@@ -226,7 +236,7 @@ def load_backbone(model, folder, machine):
 
 def load_controllers(model, ckpt, folder, known):
     """Put a checkpoint into a model whose backbone is loaded; it must be the backbone that the run was trained on."""
-    if known and ckpt["backbone"]["weights"] != known["weights"]:
+    if known and (ckpt["backbone"] or {}).get("weights") != known["weights"]:
         raise ConfigError(f"{folder} was trained on another backbone than the one now in {known['path']}; put that one back")
     load_weights(model, ckpt["model"], folder, needed={n: p for n, p in model.named_parameters() if not known or n in model.controllers()})
     for i, budget in zip(model.config.controlled, ckpt["budgets"]):

@@ -76,6 +76,7 @@ def picture(title, pieces, masks, controlled):
 def encode_prompt(text, enc, block_size):
     """text -> a list of token ids, or a ConfigError."""
     try:
+        text.encode()  # tiktoken would replace what is no Unicode, silently
         ids = enc.encode(text, disallowed_special=())
     except UnicodeEncodeError:
         raise ConfigError(f"--prompt={text!r} has characters that are no Unicode text; the tokenizer {enc.name} lacks them") from None
@@ -103,6 +104,8 @@ def main():
         raise ConfigError(f"{view} exists already; name another file or add --overwrite")
     model, config, data, meta, machine = load_run(folder, {"device": options["device"]})
     mode = options["mode"] if config["mode"] == "topk" else {"dense": "full"}.get(config["mode"], config["mode"])
+    if options["budget"] >= 0 and config["mode"] != "topk":
+        raise ConfigError(f"--budget={options['budget']}: {folder} has no gates; leave --budget out")
     enc = tokenizer(meta["tokenizer"])
     ids = encode_prompt(options["prompt"], enc, config["block_size"])
     if options["budget"] >= 0:

@@ -94,6 +94,7 @@ def project(arms, seeds, words, folder, jobs):
     """Seconds that each arm's run should take: one arm's step and evaluation timed here, the others by the ledger."""
     config = trainer.validate(configure(trainer.DEFAULTS, arm_words("g1_no_utilrank", 0, words, folder)))
     machine = Machine(config)
+    trainer.backbone_source(config)
     data, meta = trainer.open_data(config, machine)
     model = build(config, meta, machine)
     for p in model.backbone().values():
@@ -165,6 +166,8 @@ def read_run(folder):
 def measure(run, references):
     """One run -> {metric: number}; a hit that never came is None. references: this seed's cheap_only and full_adapter runs."""
     s, evals = run["summary"], run["evals"][1:]
+    if not s["test_loss"]:
+        raise ConfigError(f"data/{run['config']['dataset']} has no test split, which a study reads once, at the end; make one with prepare.py")
     curve = [trainer.causal(e["val_loss"]) for e in evals]
     half = [v for e, v in zip(evals, curve) if e["step"] <= s["steps"] / 2]
     m = {"test_loss": trainer.causal(s["test_loss"]), "val_loss": trainer.causal(s["val_loss"]), "best_loss": min(curve),
@@ -391,12 +394,16 @@ def main():
     mine = [w for w in sys.argv[1:] if w[2:].partition("=")[0] in OPTIONS and w.startswith("--")]
     words = [w for w in sys.argv[1:] if w not in mine]
     options, known = configure(OPTIONS, mine), all_arms()
-    config = configure(trainer.DEFAULTS, words)
+    config = {k: v for k, v in configure({**trainer.DEFAULTS, **OPTIONS}, sys.argv[1:]).items() if k in trainer.DEFAULTS}
     arms = known if options["arms"] == "all" else options["arms"].split(",") if options["arms"] else DEFAULT_ARMS
     for arm in arms:
         if arm not in known:
             raise ConfigError(f"--arms names {arm!r}, which is no recipe in config/; {did_you_mean(arm, known)}")
+    if len(set(arms)) != len(arms):
+        raise ConfigError(f"--arms={options['arms']} names an arm twice; name each once")
     seeds = parse_seeds(options["seeds"])
+    if options["jobs"] < 0:
+        raise ConfigError(f"--jobs={options['jobs']} is negative; give 0 (one per core) or more")
     jobs = options["jobs"] or (1 if Machine(dict(config)).device == "cuda" else os.cpu_count())
     if jobs > 1 and not config["threads"]:
         words.append(f"--threads={max(1, os.cpu_count() // jobs)}")

@@ -24,7 +24,7 @@ from gates import (ESTIMATORS, GATES, ORACLES, allocate, jepa_loss, label, oracl
                    rank_correlation, rank_loss, uniform, util_loss)
 from model import ledger
 from prepare import eval_batch, get_batch, load_data, piece, prepare, tokenizer
-from runs import (Machine, build, identity, load_backbone, load_controllers, load_run, open_run, paint, read_checkpoint, read_json,
+from runs import (refuse_another_config, Machine, build, identity, load_backbone, load_controllers, load_run, open_run, paint, read_checkpoint, read_json,
                   run_folder, weights_hash, write_json, write_whole)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -73,23 +73,26 @@ def validate(config):
         if c[key] not in known:
             raise ConfigError(f"--{key}={c[key]!r} is unknown; {did_you_mean(c[key], known)}")
     for key in ("n_layer", "n_head", "n_embd", "block_size", "cheap_rank", "g1_hidden", "latent", "max_iters", "batch_size",
-                "gradient_accumulation_steps", "eval_interval", "eval_iters", "final_eval_iters", "log_interval", "label_layers"):
+                "gradient_accumulation_steps", "eval_interval", "eval_iters", "final_eval_iters", "log_interval", "label_layers",
+                "backbone_iters", "backbone_batch_size"):
         if c[key] < 1:
             raise ConfigError(f"--{key}={c[key]} is too small; give 1 or more")
     for key in ("seed", "backbone_seed", "threads", "warmup_iters", "lambda_util", "lambda_rank", "lambda_jepa", "learning_rate",
-                "gate_lr", "muon_lr", "weight_decay", "grad_clip"):
+                "gate_lr", "muon_lr", "weight_decay", "grad_clip", "backbone_lr", "backbone_muon_lr"):
         if c[key] < 0:
             raise ConfigError(f"--{key}={c[key]} is negative; give 0 or more")
     for key in ("budget", "share_step", "label_share", "min_lr_ratio", "beta1", "beta2"):
         if not 0 <= c[key] <= 1:
             raise ConfigError(f"--{key}={c[key]} is outside [0, 1]; give a share such as {DEFAULTS[key]}")
+    if max(c["beta1"], c["beta2"]) == 1:
+        raise ConfigError(f"--beta1={c['beta1']}, --beta2={c['beta2']}: AdamW takes less than 1")
     if c["n_embd"] % c["n_head"]:
         raise ConfigError(f"--n_embd={c['n_embd']} is not a multiple of --n_head={c['n_head']}")
     if c["latent"] > c["n_embd"]:
         raise ConfigError(f"--latent={c['latent']} is larger than --n_embd={c['n_embd']}; the target head needs latent <= n_embd")
     if c["mode"] != "dense":
         layers = c["controlled"]
-        if not layers or sorted(set(layers)) != layers or not all(type(i) is int and 0 <= i < c["n_layer"] for i in layers):
+        if not layers or not all(type(i) is int and 0 <= i < c["n_layer"] for i in layers) or sorted(set(layers)) != layers:
             raise ConfigError(f"--controlled={layers}: name at least one layer of 0..{c['n_layer'] - 1}, in ascending order")
         if c["label_layers"] > len(layers):
             raise ConfigError(f"--label_layers={c['label_layers']} is more than the {len(layers)} controlled layers")
@@ -126,7 +129,7 @@ def step_losses(model, config, batch, draw):
 def train_step(model, optimizers, config, data, step, machine, log=False):
     """One optimizer step -> {name: value} to record, tensors not yet waited for. Its random numbers are a function
     of (seed, step) alone: a resume needs no saved state, and evaluating more often changes nothing."""
-    torch.manual_seed(config["seed"] * 1_000_003 + step)
+    torch.manual_seed((config["seed"] * 1_000_003 + step) % 2 ** 63)
     slices = config["gradient_accumulation_steps"] * machine.world
     draw = set()
     if wants_labels(config):
@@ -271,8 +274,8 @@ def health(model, config, batch, machine, rows=16):
 # -----------------------------------------------------------------------------
 # the frozen backbone
 
-def find_backbone(config, meta, data, machine):
-    """The folder of the frozen model, trained here on first use and reused while its config and data are the same."""
+def backbone_source(config):
+    """--backbone as a folder, hf:..., or the path of the recipe that makes it."""
     name = config["backbone"]
     if os.path.isdir(name) or name.startswith("hf:"):
         return name
@@ -280,6 +283,14 @@ def find_backbone(config, meta, data, machine):
     if not os.path.exists(path):
         raise ConfigError(f"--backbone={name!r} is no recipe, no folder of a run, and does not start with hf:; "
                           + did_you_mean(name, ["backbone", "backbone_long"]))
+    return path
+
+
+def find_backbone(config, meta, data, machine):
+    """The folder of the frozen model, trained here on first use and reused while its config and data are the same."""
+    path = backbone_source(config)
+    if not path.endswith(".py"):
+        return path
     dense = read_file(path, {**config, "recipe": DEFAULTS["recipe"], "out_dir": "", "overwrite": False}, DEFAULTS)
     dense["seed"] = config["backbone_seed"]
     mine = identity(dense, meta)
@@ -313,7 +324,13 @@ def train(config, machine, data=None, meta=None):
     say = functools.partial(print, flush=True) if machine.rank == 0 else lambda *a: None
     if data is None:
         data, meta = open_data(config, machine)
+    slices = machine.world * config["gradient_accumulation_steps"]
+    if slices > 1 and wants_labels(config) and config["batch_size"] // machine.world * config["label_share"] % 1:
+        raise ConfigError(f"--label_share={config['label_share']} of the {config['batch_size'] // machine.world} rows of a slice is no whole number; "
+                          "give another share or batch")
     known = None
+    if not config["overwrite"]:
+        refuse_another_config(out, {**config, "out_dir": out})  # before a backbone is trained for it
     if not dense:
         backbone = find_backbone(config, meta, data, machine)
     model = build(config, meta, machine)
@@ -345,12 +362,17 @@ def train(config, machine, data=None, meta=None):
             optimizer.load_state_dict(state)
         step, seconds, evals = resumed["step"], resumed["seconds"], resumed["evals"]
         say(f"resuming {out} at step {step}")
+    machine.barrier()  # before the first process writes a checkpoint, all have seen whether there was one
     log = open(path("log.jsonl") if machine.rank == 0 else os.devnull, "ab")
-    log.truncate(resumed["log_bytes"] if resumed else 0)  # what was logged after the checkpoint happens again
+    if machine.rank == 0:
+        log.truncate(resumed["log_bytes"] if resumed else 0)  # what was logged after the checkpoint happens again
 
     def record(values):
-        log.write(json.dumps(values).encode() + b"\n")
-        log.flush()
+        try:
+            log.write(json.dumps(values).encode() + b"\n")
+            log.flush()
+        except OSError as error:
+            raise ConfigError(f"cannot write {path('log.jsonl')} ({error.strerror}); the last checkpoint is intact: free space and run the same command") from None
 
     say(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained.values()):,} trained; "
         + machine.describe())
@@ -374,6 +396,10 @@ def train(config, machine, data=None, meta=None):
             look()
             if machine.rank == 0:
                 losses, budgets = evaluate_all(model, config, batches, machine)
+                for m, v in losses.items():
+                    if not math.isfinite(v):
+                        raise ConfigError(f"the val loss under {m} is {v} at step {step}; the last good checkpoint in {out} is kept: "
+                                          "start again with --overwrite and a lower --learning_rate or --gate_lr")
                 record({"step": step, "val_loss": losses, "realised_budget": budgets, "health": health(model, config, batches["val"], machine)})
                 evals.append({"step": step, **losses})
                 say(f"step {step}: val loss " + ", ".join(describe_mode(m, v) for m, v in losses.items()))
@@ -406,12 +432,14 @@ def train(config, machine, data=None, meta=None):
                 + f", {rate:,.0f} tokens/s, {left // 60:.0f}:{left % 60:02.0f} left")
         step += 1
 
-    assert weights_hash(frozen) == frozen_hash, "a frozen weight moved"
+    hashes = {"before": frozen_hash, "after": weights_hash(frozen)}
+    assert hashes["before"] == hashes["after"], "a frozen weight moved"
     summary = {}
     if machine.rank == 0:
-        summary = summarise(model, config, mine, known, frozen_hash, evals, seconds, data, batches, machine)
+        summary = summarise(model, config, mine, known, hashes, evals, seconds, data, batches, machine)
         write_json(path("summary.json"), summary)
-        say("\n".join(f"{k}: {json.dumps(v)}" for k, v in summary.items() if k in ("val_loss", "realised_budget", "gap_closed")))
+        say("val_loss: " + ", ".join(describe_mode(m, v) for m, v in summary["val_loss"].items()))
+        say("\n".join(f"{k}: {json.dumps(v)}" for k, v in summary.items() if k in ("realised_budget", "gap_closed")))
         say(f"finished in {seconds:.0f} s of training: {path('summary.json')}")
         if config["mode"] == "topk":
             show_depth(model, config, data["val"], meta, machine)
@@ -425,7 +453,11 @@ def show_depth(model, config, data, meta, machine):
     x = torch.from_numpy(data[:config["block_size"]].astype(np.int64))[None].to(machine.device)
     with machine.autocast():
         depth = sum(r.mask[0].int() for r in model.blocks(model.embed(x), "threshold")[1]).tolist()
-    enc = tokenizer(meta["tokenizer"])
+    try:
+        enc = tokenizer(meta["tokenizer"])
+    except ConfigError as error:
+        print(f"the routing of the validation text is not shown: {error}", flush=True)
+        return
     pieces = [piece(t, enc) for t in x[0].tolist()]
     print(f"which tokens went full, of {len(config['controlled'])} layers (the first validation text, under threshold):")
     print(paint(pieces, depth, len(config["controlled"]), sys.stdout.isatty()), flush=True)
@@ -440,7 +472,7 @@ def causal(losses):
     return next(v for m, v in losses.items() if m != "topk")
 
 
-def summarise(model, config, mine, known, frozen_hash, evals, seconds, data, batches, machine):
+def summarise(model, config, mine, known, hashes, evals, seconds, data, batches, machine):
     """The run in one record. The test split is read here, once, and nothing is chosen by it."""
     final = {s: eval_batch(data[s], config, config["final_eval_iters"]) for s in ("val", "test") if s in data}
     results = {s: evaluate_all(model, config, {**batches, "val": b}, machine) for s, b in final.items()}
@@ -457,7 +489,7 @@ def summarise(model, config, mine, known, frozen_hash, evals, seconds, data, bat
                 "flops": {k: flops[k] for k in ("forward_proxy", "train_ratio", "inference_ratio")},
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "identity": mine["identity"], "backbone": known, "frozen_hash": {"before": frozen_hash, "after": frozen_hash},
+                "identity": mine["identity"], "backbone": known, "frozen_hash": hashes,
                 "data": mine["data"], "machine": machine.describe()}
     return summary
 
@@ -485,11 +517,12 @@ def main():
     config = validate(configure(DEFAULTS, sys.argv[1:]))
     if config["eval_only"]:
         budget = config["budget"]
-        model, config, data, meta, machine = load_run(run_folder(config))
-        model.set_budget(budget)
+        model, config, data, meta, machine = load_run(run_folder(config), {k: config[k] for k in ("device", "dtype", "threads")})
+        if model.config.controlled:
+            model.set_budget(budget)
         batches = eval_batches(data, config, config["final_eval_iters"])
         losses, budgets = evaluate_all(model, config, batches, machine)
-        print(json.dumps({"budget": budget, "val_loss": losses, "realised_budget": budgets}))
+        print(json.dumps({"budget": budget, "val_loss": losses, "realised_budget": budgets, "not_causal": ["topk"]}))
         return
     machine = Machine(config)
     train(config, machine)

@@ -12,3 +12,4 @@ min_lr_ratio = 0.1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
+gradient_accumulation_steps = 1

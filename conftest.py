@@ -1,0 +1,184 @@
+"""What the tests share: a tiny text, the words of a tiny run, and ways to run the scripts in a folder of their own.
+
+`pytest --hypothesis-profile=long` fuzzes for longer.
+"""
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from prepare import split_of
+
+HERE = Path(__file__).resolve().parent
+settings.register_profile("short", max_examples=60, deadline=None)
+settings.register_profile("long", max_examples=5000, deadline=None)
+settings.load_profile("short")
+
+# The smallest run that still does everything.
+TINY = dict(dataset="tiny", n_layer=3, n_head=2, n_embd=16, block_size=16, controlled="[1,2]", cheap_rank=4, g1_hidden=8, latent=4,
+            max_iters=6, warmup_iters=2, batch_size=4, backbone_iters=4, backbone_batch_size=4, eval_interval=2, eval_iters=2,
+            final_eval_iters=8, log_interval=1, threads=1, device="cpu", dtype="float32")
+
+
+def tiny(*words):
+    """The command line of a tiny run; a key in `words` replaces TINY's."""
+    given = {w[2:].partition("=")[0] for w in words if w.startswith("--")}
+    return [*words, *(f"--{k}={v}" for k, v in TINY.items() if k not in given)]
+
+
+def recipe(name):
+    return str(HERE / "config" / f"{name}.py")
+
+
+def go(script, *words):
+    """Run a script's main() in this process -> what it printed."""
+    argv, sys.argv = sys.argv, [f"{script}.py", *words]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            importlib.import_module(script).main()
+    finally:
+        sys.argv = argv
+    return out.getvalue()
+
+
+def start(*command, **options):
+    """Start `python command...` -> a Popen whose stdout and stderr are text pipes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **options.pop("env", {})}
+    return subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=environment, **options)
+
+
+def finish(process, timeout=120):
+    """Wait for a process -> (exit code, stdout, stderr); one that takes too long is ended, with its children if it is torchrun."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def snapshot(folder=".", times=False):
+    """{path: what is there} of every file and folder, but for locks, which are no output."""
+    def what(path):
+        if path.is_symlink():
+            return os.readlink(path)
+        if path.is_dir():
+            return "folder"
+        return hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns if times else 0
+    return {str(p): what(p) for p in sorted(Path(folder).rglob("*")) if p.name != "lock"}
+
+
+def log_of(run):
+    """The records of a run without what depends on the clock."""
+    records = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("tokens_per_s", "seconds")} for r in records]
+
+
+def losses_of(run, key="lm_loss"):
+    return {r["step"]: r[key] for r in log_of(run) if key in r}
+
+
+def summary_of(run):
+    return json.loads((Path(run) / "summary.json").read_text())
+
+
+def checkpoint_of(run):
+    return torch.load(Path(run) / "ckpt.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_run(a, b):
+    """Two runs logged the same numbers and ended with the same weights, optimizer state and thresholds."""
+    a_end, b_end = ({k: v for k, v in checkpoint_of(r).items() if k in ("model", "optimizers", "evals", "step")} for r in (a, b))
+    return log_of(a) == log_of(b) and same(a_end, b_end)
+
+
+def make_documents(seed, train=80, held_out=6):
+    """Short distinct texts, so chosen by their hash that each split of local files gets its number."""
+    rng, wanted, texts = random.Random(seed), {"train": train, "val": held_out, "test": held_out}, []
+    words = "the iterator returns a value and raises naïve 木 Ωmega when it is empty or closed 🙂 …".split()
+    while any(wanted.values()):
+        text = " ".join(rng.choices(words, k=rng.randint(8, 20)))
+        split = split_of(hashlib.sha256(text.encode()).digest(), 0.01)
+        if wanted[split] and text not in texts:
+            wanted[split] -= 1
+            texts.append(text)
+    return rng.sample(texts, len(texts))
+
+
+def write_jsonl(path, texts):
+    Path(path).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return make_documents(0)
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory, documents):
+    """Two folders to copy: `place` with data/tiny and its backbone, `done` with finished runs of both gates too."""
+    root = tmp_path_factory.mktemp("templates")
+    with contextlib.chdir(root):
+        write_jsonl("texts.jsonl", documents)
+        os.mkdir("place")
+        with contextlib.chdir("place"):
+            go("prepare", "--source=../texts.jsonl", "--name=tiny", "--tokenizer=bytes")
+            go("train", *tiny("--max_iters=1", "--out_dir=out/maker"))  # makes the backbone on the way
+            shutil.rmtree("out/maker")
+        shutil.copytree("place", "done")
+        with contextlib.chdir("done"):
+            go("train", *tiny())
+            go("train", *tiny(recipe("g1_full_aux")))
+    return root
+
+
+def copy_of(template, tmp_path, monkeypatch):
+    shutil.copytree(template, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def place(templates, tmp_path, monkeypatch):
+    """A working directory with data/tiny and the backbone of a tiny run."""
+    return copy_of(templates / "place", tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def done(templates, tmp_path, monkeypatch):
+    """The same with the finished runs out/tiny/g3_full_aux/seed0 and out/tiny/g1_full_aux/seed0."""
+    return copy_of(templates / "done", tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    """`python train.py` in an empty folder, at a few steps -> (the folder, exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    words = ["--max_iters=4", "--backbone_iters=4", "--eval_interval=2", "--log_interval=2", "--eval_iters=1", "--final_eval_iters=1"]
+    return folder, *finish(start(HERE / "train.py", *words, cwd=folder, env={"PYTHONHASHSEED": "1"}))
