@@ -4,6 +4,7 @@
     python bench.py config/paper.py --batch_size=4             the paper's shape: needs about 10 GB, half an hour on 2 cores
     python bench.py config/paper.py --batch_size=4 --baseline=../nanoGPT     beside a nanoGPT checkout, timed in the same run
     python bench.py --rows=ledger                              the FLOPs of every recipe, no timing
+    python bench.py --rows=forward,training --dtype=bfloat16   some rows in one dtype; by default float32 and bfloat16
 
 Pairs are timed in turn and medians compared. A `goal` is for the ratio of figure and limit. The last line is JSON.
 Limits come from the ledger (FLOPs), for decoding from the bytes of weights that a token reads.
@@ -116,8 +117,13 @@ def pair(a, b, repeat, device):
 # -----------------------------------------------------------------------------
 # rows: each yields (what, limit, figure, goal for figure / limit, note); figures above 1 mean faster, or smaller
 
+def dtypes(config):
+    return ("float32", "bfloat16") if config["dtype"] == "auto" else (config["dtype"],)
+
+
 def gathered_forward(config, repeat, baseline):
-    for dtype, goal in (("float32", 0.95), ("bfloat16", 0.90)):
+    for dtype in dtypes(config):
+        goal = 0.95 if dtype == "float32" else 0.90
         for B in dict.fromkeys((1, config["batch_size"])):
             dense, case = Case(config, mode="dense", dtype=dtype, batch_size=B), Case(config, gate="g1", dtype=dtype, batch_size=B)
             slow, fast = pair(lambda: dense.forward("full"), case.forward, repeat, case.machine.device)
@@ -129,7 +135,7 @@ def gathered_forward(config, repeat, baseline):
 
 
 def training_steps(config, repeat, baseline):
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes(config):
         dense = Case(config, mode="dense", dtype=dtype)
         if baseline:
             theirs, step = nanogpt(baseline, dense)
@@ -149,7 +155,7 @@ def training_steps(config, repeat, baseline):
 
 
 def decode(config, repeat, baseline):
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes(config):
         dense, case = Case(config, mode="dense", dtype=dtype, batch_size=1), Case(config, gate="g1", dtype=dtype, batch_size=1)
         if dense.machine.dtype == torch.bfloat16:
             freeze(dense.model, dense.machine)
