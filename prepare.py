@@ -179,6 +179,21 @@ def encode_stream(documents, enc, workers, held_out):
             pool.shutdown(cancel_futures=True)
 
 
+def clear_killed(root, name, final):
+    """Remove what killed processes left; the old folder, if one died while replacing it, goes back to its place."""
+    for left in glob.glob(os.path.join(glob.escape(root), f".{glob.escape(name)}.*.part*")):
+        pid = left.removesuffix(".old").split(".")[-2]
+        try:
+            os.kill(int(pid), 0)  # alive, so it is still at work
+        except ProcessLookupError:
+            if left.endswith(".old") and not os.path.exists(final):
+                os.replace(left, final)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        except (ValueError, OSError):
+            pass
+
+
 def prepare(source="stdlib", name="", tokens="", tokenizer_name="", workers=0, overwrite=False, root="data"):
     """Make data/<name>/ and return its meta. Raises ConfigError; whatever happens, no half-made folder stays."""
     limit = parse_count(tokens)
@@ -191,6 +206,7 @@ def prepare(source="stdlib", name="", tokens="", tokenizer_name="", workers=0, o
     final = os.path.join(root, name)
     if os.path.basename(name) != name or name.startswith("."):
         raise ConfigError(f"--name={name!r} is not a plain folder name; use letters, digits and dashes")
+    clear_killed(root, name, final)
     if os.path.exists(final) and not overwrite:
         raise ConfigError(f"{final} exists already; name another with --name=NAME, or replace it with --overwrite")
     enc = tokenizer(tokenizer_name or ("bytes" if source == "stdlib" else "gpt2"))
@@ -206,8 +222,6 @@ def prepare(source="stdlib", name="", tokens="", tokenizer_name="", workers=0, o
     counts = {s: {"tokens": 0, "documents": 0} for s in ("train", "val", "test")}
     hashes = {s: hashlib.sha256() for s in counts}
     try:
-        for stale in glob.glob(os.path.join(glob.escape(root), f".{glob.escape(name)}.*.part*")):
-            shutil.rmtree(stale, ignore_errors=True)  # of a killed run
         os.makedirs(part)
         with contextlib.ExitStack() as stack:
             files = {s: stack.enter_context(open(os.path.join(part, f"{s}.bin"), "wb")) for s in counts}

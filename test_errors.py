@@ -303,6 +303,8 @@ CASES = [
     ("Hugging Face weights without our names", "train --backbone=hf:gpt2 --seed=1", ["wte.weight"], gpt2_folder("none of the names")),
     ("a Hugging Face model of another shape", "train --backbone=hf:gpt2 --seed=1", ["gpt2", "n_layer", "12"], gpt2_folder(b"", n_layer=12)),
     # routing
+    ("an evaluation of a run as what it is not", "train --eval_only --gate=linear", ["gate", "linear"]),
+    ("portions too small", "train --share_step=1e-7 --seed=1", ["share_step", "1e-07"]),
     ("a budget above 1", "train --budget=1.5", ["budget", "1.5", "[0, 1]"]),
     ("a budget below 0", "train --budget=-0.1", ["budget", "-0.1", "[0, 1]"]),
     ("a budget that is no number", "train --budget=nan", ["budget", "nan", "float"]),

@@ -22,10 +22,10 @@ import torch
 from configurator import ConfigError, configure, did_you_mean, exit_on_error, read_file
 from gates import (ESTIMATORS, GATES, ORACLES, allocate, jepa_loss, label, oracle_labels, predictor_health,
                    rank_correlation, rank_loss, uniform, util_loss)
-from model import ledger
+from model import GPTConfig, ledger
 from prepare import eval_batch, get_batch, load_data, piece, prepare, tokenizer
-from runs import (refuse_another_config, Machine, build, identity, load_backbone, load_controllers, load_run, open_run, paint, read_checkpoint, read_json,
-                  run_folder, weights_hash, write_json, write_whole)
+from runs import (Machine, build, identity, load_backbone, load_controllers, load_run, open_run, paint, read_checkpoint, read_json,
+                  refuse_another_config, run_folder, weights_hash, write_json, write_whole)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
@@ -84,6 +84,8 @@ def validate(config):
     for key in ("budget", "share_step", "label_share", "min_lr_ratio", "beta1", "beta2"):
         if not 0 <= c[key] <= 1:
             raise ConfigError(f"--{key}={c[key]} is outside [0, 1]; give a share such as {DEFAULTS[key]}")
+    if 0 < c["share_step"] < 1 / 64:
+        raise ConfigError(f"--share_step={c['share_step']} is too small; give 0, or 1/64 or more")
     if max(c["beta1"], c["beta2"]) == 1:
         raise ConfigError(f"--beta1={c['beta1']}, --beta2={c['beta2']}: AdamW takes less than 1")
     if c["n_embd"] % c["n_head"]:
@@ -433,7 +435,8 @@ def train(config, machine, data=None, meta=None):
         step += 1
 
     hashes = {"before": frozen_hash, "after": weights_hash(frozen)}
-    assert hashes["before"] == hashes["after"], "a frozen weight moved"
+    if hashes["before"] != hashes["after"]:
+        raise ConfigError(f"a frozen weight moved in {out}: its checkpoint is no controller-only run; see what the gate's forward writes to")
     summary = {}
     if machine.rank == 0:
         summary = summarise(model, config, mine, known, hashes, evals, seconds, data, batches, machine)
@@ -516,7 +519,8 @@ def gap_closed(config, mine, loss):
 def main():
     config = validate(configure(DEFAULTS, sys.argv[1:]))
     if config["eval_only"]:
-        budget = config["budget"]
+        budget, of_model = config["budget"], {"mode", "dataset", *GPTConfig.__dataclass_fields__} - {"budget", "vocab_size"}
+        refuse_another_config(run_folder(config), {k: config[k] for k in of_model})
         model, config, data, meta, machine = load_run(run_folder(config), {k: config[k] for k in ("device", "dtype", "threads")})
         if model.config.controlled:
             model.set_budget(budget)
