@@ -199,7 +199,7 @@ def versus_nanogpt(config, repeat, baseline):
         return
     dense, case = Case(config, mode="dense", dtype="float32"), Case(config, gate="g1")
     theirs, _ = nanogpt(baseline, dense)
-    x, y, _ = dense.batch
+    x, y = (t.contiguous() for t in dense.batch[:2])
     with torch.no_grad():
         slow, fast = pair(lambda: theirs(x, y), case.forward, repeat, dense.machine.device)
     yield f"forward + loss, gathered {case.config['dtype']} vs nanoGPT float32", 4.0, slow / fast, 1.0, f"{slow:.2f} and {fast:.2f} s"
@@ -214,7 +214,7 @@ def nanogpt(folder, case):
     theirs = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
                                          n_embd=c.n_embd, dropout=0.0, bias=True)).to(case.machine.device)
     optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), case.machine.device)
-    x, y, _ = case.batch
+    x, y = (t.contiguous() for t in case.batch[:2])
 
     def step():
         optimizer.zero_grad(set_to_none=True)

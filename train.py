@@ -453,7 +453,7 @@ def train(config, machine, data=None, meta=None):
 @torch.no_grad()
 def show_depth(model, config, data, meta, machine):
     """Print a stretch of validation text, each token with the number of controlled layers that it took full."""
-    x = torch.from_numpy(data[:config["block_size"]].astype(np.int64))[None].to(machine.device)
+    x = torch.from_numpy(data[:min(128, config["block_size"])].astype(np.int64))[None].to(machine.device)
     with machine.autocast():
         depth = sum(r.mask[0].int() for r in model.blocks(model.embed(x), "threshold")[1]).tolist()
     try:
