@@ -135,10 +135,11 @@ class Block(nn.Module):
         """x + w * full(h) + (1 - w) * cheap(h), full on the tokens `chosen` alone; indices run over B * T.
         Where w is 0 or 1, cheap runs on the `rest` alone; under `scaled`, 1 - w is never 0, so on all tokens."""
         scaled = self.estimator == "scaled" and self.gate.learned
-        if not len(chosen):  # as half of the single tokens in decoding: nothing to gather
-            return x + (1 - w) * self.cheap(h).to(x.dtype)
-        if not len(rest) and not scaled:
-            return x + self.mlp(h)
+        if not torch.is_grad_enabled():  # a single token in decoding has nothing to gather; training keeps its graph
+            if not len(chosen):
+                return x + (1 - w) * self.cheap(h).to(x.dtype)
+            if not len(rest) and not scaled:
+                return x + self.mlp(h)
         flat_x, flat_h, flat_w = x.flatten(0, 1), h.flatten(0, 1), w.flatten(0, 1)  # (B * T, D), ..., (B * T, 1)
         full = self.mlp(flat_h[chosen]).to(x.dtype)
         if scaled:
