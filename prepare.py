@@ -182,16 +182,16 @@ def encode_stream(documents, enc, workers, held_out):
 def clear_killed(root, name, final):
     """Remove what killed processes left; the old folder, if one died while replacing it, goes back to its place."""
     for left in glob.glob(os.path.join(glob.escape(root), f".{glob.escape(name)}.*.part*")):
-        pid = left.removesuffix(".old").split(".")[-2]
         try:
-            os.kill(int(pid), 0)  # alive, so it is still at work
-        except ProcessLookupError:
-            if left.endswith(".old") and not os.path.exists(final):
-                os.replace(left, final)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
+            pid = int(left.removesuffix(".old").split(".")[-2])
+            if pid != os.getpid() and os.kill(pid, 0) is None:
+                continue  # alive, so it is still at work
         except (ValueError, OSError):
             pass
+        if left.endswith(".old") and not os.path.exists(final):
+            os.replace(left, final)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def prepare(source="stdlib", name="", tokens="", tokenizer_name="", workers=0, overwrite=False, root="data"):
