@@ -104,8 +104,9 @@ def validate(config):
 # -----------------------------------------------------------------------------
 # one training step
 
-def step_losses(model, config, batch, draw):
-    """Forward of one slice of the batch -> {name: loss}, routes. draw: the set of layers that get labels."""
+def step_losses(model, config, batch, draw, log=False):
+    """Forward of one slice of the batch -> {name: loss}, routes. draw: the set of layers that get labels. With `log`
+    also the rank correlation of scores and labels, which sorts twice and waits for the device."""
     x, y, keys = batch
     if config["mode"] != "topk":
         out, routes = model.blocks(model.embed(x), "full" if config["mode"] == "dense" else config["mode"], keys)
@@ -124,7 +125,8 @@ def step_losses(model, config, batch, draw):
         permutation = uniform(keys[rows], -1, x.size(1)).argsort(1)
         losses["util"] = losses.get("util", 0) + util_loss(scores, d).mean() / len(draw)
         losses["rank"] = losses.get("rank", 0) + rank_loss(scores, d, permutation).mean() / len(draw)
-        losses["label_correlation"] = losses.get("label_correlation", 0) + rank_correlation(scores.detach(), raw) / len(draw)
+        if log:
+            losses["label_correlation"] = losses.get("label_correlation", 0) + rank_correlation(scores.detach(), raw) / len(draw)
     return losses, routes
 
 
@@ -141,7 +143,7 @@ def train_step(model, optimizers, config, data, step, machine, log=False):
     sums, of_scores, of_jepa = {}, torch.zeros((), device=machine.device), [torch.zeros_like(p) for p in gate]
     for micro in range(config["gradient_accumulation_steps"]):
         with machine.autocast():
-            losses, routes = step_losses(model, config, get_batch(data, config, step, micro, machine), draw)
+            losses, routes = step_losses(model, config, get_batch(data, config, step, micro, machine), draw, log)
         weights = {"lm": 1.0, **{k: config[f"lambda_{k}"] for k in ("util", "rank", "jepa")}}
         loss = sum(weights[k] * v for k, v in losses.items() if k in weights) / slices
         if log:
