@@ -5,17 +5,22 @@
     python bench.py config/paper.py --batch_size=4 --baseline=../nanoGPT     beside a nanoGPT checkout, timed in the same run
     python bench.py --rows=ledger                              the FLOPs of every recipe, no timing
     python bench.py --rows=forward,training --dtype=bfloat16   some rows in one dtype; by default float32 and bfloat16
+    python bench.py --rows=tokenizing --text='my/*.parquet'    on your own files
 
 Pairs are timed in turn and medians compared. A `goal` is for the ratio of figure and limit. The last line is JSON.
-Limits come from the ledger (FLOPs), for decoding from the bytes of weights that a token reads.
+Limits come from the ledger (FLOPs), for decoding from the bytes of weights that a token reads; the share of the machine that
+a step uses (MFU) is against a matrix product measured in the same run.
 """
+import contextlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -25,11 +30,11 @@ import train as trainer
 from configurator import ConfigError, configure, exit_on_error
 from gates import oracle_labels
 from model import GPT, Cache, ledger
-from prepare import tokenizer
-from runs import Machine, build, freeze, model_config
+from prepare import dataset_documents, prepare, stdlib_documents, tokenizer
+from runs import Machine, build, cast_frozen, freeze, model_config
 from study import all_arms
 
-OPTIONS = dict(baseline="", rows="", repeat=5)
+OPTIONS = dict(baseline="", rows="", text="", repeat=5)
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -82,10 +87,11 @@ class Case:
 
     @torch.no_grad()
     def decode(self, mode, tokens=16):
-        cache = Cache(self.model.config, 1, self.machine.device, self.machine.dtype)
+        cache, full = Cache(self.model.config, 1, self.machine.device, self.machine.dtype), []
         with self.machine.autocast():
             for t in range(tokens):
-                self.model(self.batch[0][:1, t:t + 1], mode, self.batch[2][:1], cache=cache)
+                full += self.model(self.batch[0][:1, t:t + 1], mode, self.batch[2][:1], cache=cache)[1]
+        return full
 
     def flops(self, **kw):
         return ledger(self.model, self.config["mode"], **kw)
@@ -114,6 +120,13 @@ def pair(a, b, repeat, device):
     return tuple(statistics.median(t) for t in zip(*times))
 
 
+def peak_flops(dtype, device):
+    """FLOP/s of a large matrix product, the best of 9: what this machine can multiply."""
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n ** 3 / min(clock(lambda: a @ a, device) for _ in range(9))
+
+
 # -----------------------------------------------------------------------------
 # rows: each yields (what, limit, figure, goal for figure / limit, note); figures above 1 mean faster, or smaller
 
@@ -121,68 +134,87 @@ def dtypes(config):
     return ("float32", "bfloat16") if config["dtype"] == "auto" else (config["dtype"],)
 
 
-def gathered_forward(config, repeat, baseline):
+def gathered_forward(config, options):
     for dtype in dtypes(config):
         goal = 0.95 if dtype == "float32" else 0.90
         for B in dict.fromkeys((1, config["batch_size"])):
             dense, case = Case(config, mode="dense", dtype=dtype, batch_size=B), Case(config, gate="g1", dtype=dtype, batch_size=B)
-            slow, fast = pair(lambda: dense.forward("full"), case.forward, repeat, case.machine.device)
+            slow, fast = pair(lambda: dense.forward("full"), case.forward, options["repeat"], case.machine.device)
             limit = 1 / case.flops()["inference_ratio"]
             tokens = B * config["block_size"]
             yield f"forward, gathered vs dense, {dtype}, B={B}", limit, slow / fast, goal, f"{tokens / slow:,.0f} and {tokens / fast:,.0f} tokens/s"
-        masked = pair(lambda: dense.forward("full"), lambda: case.forward(gathered=False), max(1, repeat // 2), case.machine.device)
-        yield f"forward, masked vs dense, {dtype}, B={B}", 1 / case.flops()["forward_proxy"], masked[0] / masked[1], None, "for comparison: no saving"
+        slow, fast = pair(lambda: dense.forward("full"), lambda: case.forward(gathered=False), max(1, options["repeat"] // 2), case.machine.device)
+        yield f"forward, masked vs dense, {dtype}, B={B}", 1 / case.flops()["forward_proxy"], slow / fast, None, "for comparison: no saving"
 
 
-def training_steps(config, repeat, baseline):
+STEPS = {"`ste`, LM only": {"estimator": "ste", "lambda_util": 0.0, "lambda_rank": 0.0},
+         "`scaled`, LM only": {"estimator": "scaled", "lambda_util": 0.0, "lambda_rank": 0.0},
+         "`ste`, util and rank off-policy (full aux)": {"estimator": "ste", "oracle": "off_policy"},
+         "`scaled`, util and rank on-policy, a quarter (best)": {"estimator": "scaled", "oracle": "on_policy", "label_share": 0.25}}
+
+
+def training_steps(config, options):
+    repeat, baseline = options["repeat"], options["baseline"]
     for dtype in dtypes(config):
         dense = Case(config, mode="dense", dtype=dtype)
+        device, tokens = dense.machine.device, config["batch_size"] * config["block_size"]
         if baseline:
             theirs, step = nanogpt(baseline, dense)
-            slow, fast = pair(step, dense.step, repeat, dense.machine.device)
+            slow, fast = pair(step, dense.step, repeat, device)
             yield f"dense training step vs nanoGPT, {dtype}", 1.0 if dtype == "float32" else 1.5, slow / fast, 1.0, f"{slow:.2f} and {fast:.2f} s"
-        for name, over, gathered in (("`ste` masked", dict(estimator="ste"), False), ("`scaled` gathered", dict(estimator="scaled"), True)):
-            case = Case(config, gate="g1", lambda_util=0.0, lambda_rank=0.0, dtype=dtype, **over)
-            slow, fast = pair(dense.step, case.step, repeat, dense.machine.device)
-            yield (f"controller step, LM only, {name}, {dtype}", case.flops(gathered=gathered)["train_ratio"], fast / slow, -1.05,
-                   f"dense {slow:.2f} s")
+            del theirs, step
+        peak, (fast, _) = peak_flops(dense.machine.dtype, device), pair(dense.step, lambda: None, repeat, device)
+        mfu = 3 * dense.flops()["dense_forward"] * tokens / fast / peak
+        yield f"dense training step, share of a matrix product's FLOP/s (MFU), {dtype}", 1.0, mfu, 0.5, f"of {peak / 1e12:.2f} TFLOP/s; attention as T^2"
+        for name, over in STEPS.items():
+            case = Case(config, gate="g1", dtype=dtype, **over)
+            slow, fast = pair(dense.step, case.step, repeat, device)
+            limit, masked = (case.flops(gathered=g, label=(over["oracle"], 1, over.get("label_share", 1.0)) if "oracle" in over else None)["train_ratio"] for g in (True, False))
+            yield (f"controller step, {name}, vs dense step, {dtype}", limit, fast / slow, -1.05,
+                   f"{fast:.2f} of {slow:.2f} s, {tokens / fast:,.0f} tokens/s, 20,000 steps of 16 x 1024 tokens in {20_000 * 16 * 1024 / tokens * fast / 3600:.2f} h; masked, its limit would be {masked:.3f}")
         case.keep_routes()
         for share, word in ((1.0, "whole batch"), (0.25, "a quarter")):
-            slow, fast = pair(dense.step, lambda: case.labels(share), max(1, repeat // 2), dense.machine.device)
+            slow, fast = pair(dense.step, lambda: case.labels(share), max(1, repeat // 2), device)
             with_labels = case.flops(label=("on_policy", 1, share))
             limit = with_labels["train"]["labels"][0] / (3 * with_labels["dense_forward"])
             yield f"labels, one layer, on-policy, {word}, {dtype}", limit, fast / 3 / slow, -1.08, "as a share of a dense step"
 
 
-def decode(config, repeat, baseline):
+def decode(config, options):
     for dtype in dtypes(config):
         dense, case = Case(config, mode="dense", dtype=dtype, batch_size=1), Case(config, gate="g1", dtype=dtype, batch_size=1)
-        if dense.machine.dtype == torch.bfloat16:
-            freeze(dense.model, dense.machine)
+        for c in (dense, case):
+            cast_frozen(c.model.requires_grad_(False), c.machine)
         trainer.calibrate(case.model, case.batch, case.machine)
-        slow, fast = pair(lambda: dense.decode("full"), lambda: case.decode("threshold"), repeat, case.machine.device)
+        slow, fast = pair(lambda: dense.decode("full"), lambda: case.decode("threshold"), options["repeat"], case.machine.device)
         size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
         everything = sum(size(b) for b in dense.model.h) + size(dense.model.wte)
-        saved = sum((size(b.mlp) - size(b.cheap)) * 0.5 - size(b.gate) for b in case.model.h if b.controlled)
-        yield f"KV-cached decode, B=1, routed vs dense, {dtype}", everything / (everything - saved), slow / fast, 0.90, f"{16 / fast:,.1f} tokens/s"
+        share = {r.layer: 0.0 for r in case.decode("threshold")}
+        for r in case.decode("threshold"):
+            share[r.layer] += r.mask.float().mean().item() / 16
+        saved = sum((1 - share[b.layer]) * (size(b.mlp) - size(b.cheap)) - size(b.gate) for b in case.model.h if b.controlled)
+        yield (f"KV-cached decode, B=1, routed vs dense, {dtype}", everything / (everything - saved), slow / fast, 0.90,
+               f"{16 / slow:,.1f} and {16 / fast:,.1f} tokens/s; full share {sum(share.values()) / len(share):.2f}; {everything * 16 / slow / 1e9:.1f} GB/s")
 
 
-def memory(config, repeat, baseline):
+def memory(config, options):
     """Peak resident memory above what the process had before the step, each in a process of its own."""
     if Machine(dict(config)).device == "cuda":
         def peak(**over):
-            case = Case(config, **over)
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            case = Case(config, **over)
             case.step(), case.step()
             return torch.cuda.max_memory_allocated()
     else:
         def peak(**over):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 return pool.apply(peak_of, ({**config, **over}, VOCAB[0]))
-    dense = peak(mode="dense")
-    for name, over in (("`ste` masked", {}), ("`scaled` gathered", {"estimator": "scaled"})):
-        ours = peak(gate="g1", lambda_util=0.0, lambda_rank=0.0, **over)
-        yield f"peak memory, controller step {name} vs dense step", 0.5, ours / dense, -1.0, f"{ours / 2**20:,.0f} and {dense / 2**20:,.0f} MiB"
+    for dtype in dtypes(config):
+        dense = peak(mode="dense", dtype=dtype)
+        for name, over in list(STEPS.items())[:2]:
+            ours = peak(gate="g1", dtype=dtype, **over)
+            yield f"peak memory, controller step {name} vs dense step, {dtype}", 0.5, ours / dense, -1.0, f"{ours / 2**20:,.0f} and {dense / 2**20:,.0f} MiB"
 
 
 def peak_of(config, vocab):
@@ -191,18 +223,20 @@ def peak_of(config, vocab):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     case = Case(config)
     case.step(), case.step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
-def versus_nanogpt(config, repeat, baseline):
-    if not baseline:
+def versus_nanogpt(config, options):
+    if not options["baseline"]:
         return
     dense, case = Case(config, mode="dense", dtype="float32"), Case(config, gate="g1")
-    theirs, _ = nanogpt(baseline, dense)
+    theirs, _ = nanogpt(options["baseline"], dense)
     x, y = (t.contiguous() for t in dense.batch[:2])
     with torch.no_grad():
-        slow, fast = pair(lambda: theirs(x, y), case.forward, repeat, dense.machine.device)
-    yield f"forward + loss, gathered {case.config['dtype']} vs nanoGPT float32", 4.0, slow / fast, 1.0, f"{slow:.2f} and {fast:.2f} s"
+        slow, fast = pair(lambda: theirs(x, y), case.forward, options["repeat"], dense.machine.device)
+    peaks = [peak_flops(getattr(torch, d), case.machine.device) / 1e12 for d in ("float32", case.config["dtype"])]
+    yield (f"forward + loss, gathered {case.config['dtype']} vs nanoGPT float32", 4.0, slow / fast, 1.0,
+           f"{slow:.2f} and {fast:.2f} s; a matrix product: {peaks[0]:.2f} and {peaks[1]:.2f} TFLOP/s")
 
 
 def nanogpt(folder, case):
@@ -226,18 +260,27 @@ def nanogpt(folder, case):
     return theirs, step
 
 
-def tokenizing(config, repeat, baseline):
-    """prepare.py's stream beside raw tiktoken with as many threads."""
-    from prepare import encode_stream
+def tokenizing(config, options):
+    """The whole of prepare.py, from files to bins, beside raw tiktoken on the same text in memory with as many threads."""
     try:
         enc = tokenizer("gpt2")
-    except ConfigError:
+    except ConfigError as error:
+        print(f"the tokenizing row is left out: {error}", file=sys.stderr)
         return
-    from prepare import stdlib_documents
-    documents, workers = [d for d in stdlib_documents() if d], os.cpu_count()
-    raw, ours = pair(lambda: enc.encode_ordinary_batch(documents, num_threads=workers),
-                     lambda: sum(len(ids) for _, _, ids in encode_stream(documents, enc, workers, 0.01)), repeat, "cpu")
-    yield "tokenizing, prepare.py vs raw tiktoken", 1.0, raw / ours, 0.9, f"{sum(map(len, documents)) / ours / 1e6:.1f} MB/s"
+    with tempfile.TemporaryDirectory() as folder:
+        source = options["text"]
+        if not source:  # documents as long as a web page's, none twice
+            source, texts = os.path.join(folder, "text.jsonl"), list(stdlib_documents())
+            with open(source, "w") as f:
+                f.writelines(json.dumps({"text": f"{k} " + "\n".join(texts[i:i + 16])}) + "\n" for k in range(8) for i in range(0, len(texts), 16))
+        documents, workers, runs = list(dataset_documents(source)), os.cpu_count(), []
+
+        def ours():
+            runs.append(0)
+            with contextlib.redirect_stdout(io.StringIO()):
+                prepare(source, f"run{len(runs)}", root=folder)
+        raw, mine = pair(lambda: enc.encode_ordinary_batch(documents, num_threads=workers), ours, options["repeat"], "cpu")
+    yield "tokenizing, prepare.py vs raw tiktoken", 1.0, raw / mine, 0.9, f"{sum(map(len, documents)) / mine / 1e6:.1f} MB/s, {workers} threads"
 
 
 def show_ledger(config):
@@ -276,7 +319,7 @@ def main():
           f"B = {config['batch_size']}, budget {config['budget']}\n\n| what | limit | figure | figure / limit | goal | |\n|---|---|---|---|---|---|", flush=True)
     rows = []
     for name in (n for n in names if n in ROWS):
-        for what, limit, figure, goal, note in ROWS[name](config, options["repeat"], options["baseline"]):
+        for what, limit, figure, goal, note in ROWS[name](config, options):
             aim = "" if goal is None else f">= {goal}" if goal > 0 else f"<= {-goal}"
             met = "" if goal is None else " met" if (figure / limit >= goal if goal > 0 else figure / limit <= -goal) else " missed"
             print(f"| {what} | {limit:.3f} | {figure:.3f} | {figure / limit:.3f} | {aim}{met} | {note} |", flush=True)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from gates import GATES, Route, route_weight, split_topk, full_tokens, threshold_for, uniform
 
+ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh"}  # named as Hugging Face names them; on a CPU in bfloat16 tanh takes 4x as long
 MODES = ("full", "cheap", "adapter", "topk", "threshold")
 
 
@@ -33,6 +34,7 @@ class GPTConfig:
     n_embd: int = 128  # D
     controlled: tuple = ()  # the layers that route, from 0; none is a plain dense model
     cheap_rank: int = 16  # r
+    activation: str = "gelu"  # exact, as nanoGPT's; GPT-2's own is gelu_new
     gate: str = "g3"
     estimator: str = "ste"
     budget: float = 0.5
@@ -58,23 +60,27 @@ class Attention(nn.Module):
         if start and T > 1:  # a chunk behind a cache sees the cache and itself causally
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         with torch.autocast(x.device.type, enabled=False):
-            # Short rows: bfloat16 attention is slower on a CPU, backward 9.6 against 2.9 ms at T = 128; at T = 1024 it is faster.
-            if x.device.type == "cpu" and T <= 256:
-                q, k, v = q.float(), k.float(), v.float()
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+            if x.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None and 1 < T <= 256:
+                # Written out, because on a CPU the fused kernel is slow here: forward and backward 21 ms in bfloat16 and
+                # 9 in float32 against 5 at (16, 4, 128, 32); at T = 1024 the fused one wins.
+                future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+                y = (q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + future).softmax(-1) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
 class FFN(nn.Module):
     """D -> hidden -> D. The full one has hidden = 4D, the cheap one hidden = r."""
 
-    def __init__(self, n_embd, hidden):
+    def __init__(self, config, hidden):
         super().__init__()
-        self.c_fc = nn.Linear(n_embd, hidden)
-        self.c_proj = nn.Linear(hidden, n_embd)
+        self.c_fc = nn.Linear(config.n_embd, hidden)
+        self.c_proj = nn.Linear(hidden, config.n_embd)
+        self.approximate = ACTIVATIONS[config.activation]
 
     def forward(self, h):
-        return self.c_proj(F.gelu(self.c_fc(h), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(h), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -84,10 +90,10 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = FFN(config.n_embd, 4 * config.n_embd)
+        self.mlp = FFN(config, 4 * config.n_embd)
         self.controlled = layer in config.controlled
         if self.controlled:
-            self.cheap = FFN(config.n_embd, config.cheap_rank)
+            self.cheap = FFN(config, config.cheap_rank)
             self.gate = GATES[config.gate](config, layer)
             self.register_buffer("threshold", torch.tensor(0.0))
 
@@ -109,45 +115,50 @@ class Block(nn.Module):
         if mode == "topk":
             chosen, rest = split_topk(scores.detach(), full_tokens(self.budget, scores.size(1)))
             mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+            rows = torch.arange(len(x), device=x.device)[:, None] * x.size(1)
+            order, n = torch.cat([(chosen + rows).flatten(), (rest + rows).flatten()]), chosen.numel()  # counts are known: no host sync
         else:
             if mode == "calibrate":
                 self.threshold.copy_(threshold_for(scores, self.budget))
             mask = scores.detach() > self.threshold
-        w = route_weight(scores, mask, self.estimator, self.gate.learned).unsqueeze(-1)  # (B, T, 1)
+            chosen = mask.flatten().nonzero().squeeze(1)
+            order, n = torch.cat([chosen, (~mask).flatten().nonzero().squeeze(1)]), len(chosen)
+        w = route_weight(scores, mask, self.estimator, self.gate.learned).unsqueeze(-1).to(x.dtype)  # (B, T, 1)
 
-        target = None
+        align = align and self.gate.predicts
         if gathered:
-            if mode == "topk":  # counts are known: no host sync
-                rows = torch.arange(len(x), device=x.device)[:, None] * x.size(1)
-                chosen, rest = (chosen + rows).flatten(), (rest + rows).flatten()  # into (B * T)
-            else:
-                chosen, rest = mask.flatten().nonzero().squeeze(1), (~mask).flatten().nonzero().squeeze(1)
-            x_out = self.gathered_ffn(x, h, w.to(x.dtype), chosen, rest)
+            x_out, target = self.gathered_ffn(x, h, w, order, n, align)
         else:
             full, cheap = self.mlp(h), self.cheap(h)  # (B, T, D)
-            w = w.to(full.dtype)
             x_out = x + (w * full + (1 - w) * cheap)
-            if align and self.gate.predicts:
-                target = self.gate.target(full, cheap)  # (B, T, 2, d)
+            target = self.gate.target(full, cheap) if align else None  # (B, T, 2, d)
         return x_out, Route(self.layer, scores, mask, prediction, target, *((x, h) if keep else (None, None)))
 
-    def gathered_ffn(self, x, h, w, chosen, rest):
-        """x + w * full(h) + (1 - w) * cheap(h), full on the tokens `chosen` alone; indices run over B * T.
-        Where w is 0 or 1, cheap runs on the `rest` alone; under `scaled`, 1 - w is never 0, so on all tokens."""
+    def gathered_ffn(self, x, h, w, order, n, align):
+        """x + w * full(h) + (1 - w) * cheap(h) without what nobody uses -> (B, T, D), target. order: the tokens of B * T, the
+        n that go full first. Off its own tokens a path has weight 0 (`scaled`: cheap has 1 - w everywhere), so it runs there
+        only where something reads its output, the gradient of w (`ste`) or the target, and never with a graph."""
         scaled = self.estimator == "scaled" and self.gate.learned
-        if not torch.is_grad_enabled():  # a single token in decoding has nothing to gather; training keeps its graph
-            if not len(chosen):
-                return x + (1 - w) * self.cheap(h).to(x.dtype)
-            if not len(rest) and not scaled:
-                return x + self.mlp(h)
-        flat_x, flat_h, flat_w = x.flatten(0, 1), h.flatten(0, 1), w.flatten(0, 1)  # (B * T, D), ..., (B * T, 1)
-        full = self.mlp(flat_h[chosen]).to(x.dtype)
-        if scaled:
-            out = flat_x + (1 - flat_w) * self.cheap(flat_h).to(x.dtype)
-            full = flat_w[chosen] * full
-        else:
-            out = flat_x.index_add(0, rest, self.cheap(flat_h[rest]).to(x.dtype))
-        return out.index_add(0, chosen, full).view_as(x)
+        if len(order) == 1 and not torch.is_grad_enabled():  # a token in decoding: nothing to gather
+            full = self.mlp(h) if n else None
+            return x + (w * full + (1 - w) * self.cheap(h) if n and scaled else full if n else self.cheap(h)), None
+        soft = w.requires_grad and not scaled
+        (h1, h2), (w1, w2) = (t.flatten(0, 1)[order].tensor_split((n,)) for t in (h, w))  # (n, D), (B * T - n, D); (n, 1), ...
+        full, cheap = self.mlp(h1), self.cheap(h2)
+        if scaled or soft or align:
+            with torch.set_grad_enabled(scaled and torch.is_grad_enabled()):
+                cheap_of_chosen = self.cheap(h1)
+        if soft or align:
+            with torch.no_grad():
+                full_of_rest = self.mlp(h2)
+        out = torch.cat([w1 * full + (1 - w1) * cheap_of_chosen if scaled or soft else full.to(x.dtype),
+                         w2 * full_of_rest + (1 - w2) * cheap if soft else cheap.to(x.dtype)])
+        back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
+        target = None
+        if align:
+            both = torch.cat([full, full_of_rest]), torch.cat([cheap_of_chosen, cheap])  # (B * T, D) twice
+            target = self.gate.target(*(t[back].view_as(h) for t in both))  # (B, T, 2, d)
+        return x + out[back].view_as(x), target
 
 
 class Cache:
@@ -170,20 +181,21 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows):
-        dx, dw, total = torch.empty_like(x), None, 0.0
-        if ctx.needs_input_grad[1]:
-            dw = torch.zeros_like(weight)
+        dx, dw, total = torch.empty_like(x), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None, 0.0
+        if torch.is_autocast_enabled(x.device.type):
+            weight = weight.to(torch.get_autocast_dtype(x.device.type))  # once, not once a chunk
         for i in range(0, len(x), rows):
-            logits = F.linear(x[i:i + rows], weight)
-            p = logits.float()
-            total = total + F.cross_entropy(p, targets[i:i + rows], reduction="sum")
-            p = p.softmax(-1)
-            p[torch.arange(len(p), device=p.device), targets[i:i + rows]] -= 1
-            p = p.mul_(1 / len(x)).to(logits.dtype)
-            dx[i:i + rows] = F.linear(p, weight.t())
+            chunk = x[i:i + rows].to(weight.dtype)
+            logits, target = F.linear(chunk, weight), targets[i:i + rows, None]
+            p = logits.softmax(-1, dtype=torch.float32)
+            # The largest probability is 1 / sum(exp(logits - max)), so it gives the loss without a second pass of exponentials.
+            total += (logits.amax(-1).float() - p.amax(-1).log() - logits.gather(1, target).squeeze(1).float()).sum()
+            p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+            p = p.to(weight.dtype)
+            dx[i:i + rows] = p @ weight
             if dw is not None:
-                dw += p.t() @ x[i:i + rows].to(p.dtype)
-        ctx.save_for_backward(dx, dw)
+                dw += p.t() @ chunk
+        ctx.save_for_backward(dx.div_(len(x)), dw if dw is None else dw.div_(len(x)))
         return total / len(x)
 
     @staticmethod
@@ -311,8 +323,10 @@ def load_gpt2(model, source):
     other = {k: config.get(k) for k, v in mine.items() if config.get(k) != v and not (k == "n_positions" and config.get(k, 0) >= v)}
     if other:
         raise ValueError(f"{source} is of another shape: it has {other}, the config asks {({k: mine[k] for k in other})}")
-    if config.get("activation_function", "gelu_new") != "gelu_new":
-        raise ValueError(f"{source} has the nonlinearity {config['activation_function']!r}, this model has GPT-2's 'gelu_new'")
+    theirs = config.get("activation_function", "gelu_new")
+    if theirs != model.config.activation:
+        raise ValueError(f"{source} has the nonlinearity {theirs!r}, the config {model.config.activation!r}; "
+                         + (f"give --activation={theirs}" if theirs in ACTIVATIONS else f"known are {', '.join(ACTIVATIONS)}"))
     try:
         weights = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
     except SafetensorError as error:
@@ -352,10 +366,11 @@ def gpt2_source(source):
 # -----------------------------------------------------------------------------
 # the FLOPs ledger
 
-def ledger(model, mode, gathered=False, label=None, jepa=False):
+def ledger(model, mode, gathered=True, label=None, jepa=False):
     """FLOPs per token at T = block_size, itemised (2 per multiply-add; attention counted as T^2, `causal_attention`
-    beside it). mode `dense` trains everything, the others the controllers alone. label: None, or (oracle, layers a
-    step, share of the batch). Returns {train: {item: (forward, backward)}, inference: {item: forward}, and totals
+    beside it). mode `dense` trains everything, the others the controllers alone. gathered: what a training step runs
+    (Block.gathered_ffn), or else masked: both paths forward and backward on every token. label: None, or (oracle, layers
+    a step, share of the batch). jepa: the loss that reads both outcomes. Returns {train: {item: (forward, backward)}, inference: {item: forward}, and totals
     with the two ratios: forward_proxy (what training executes forward over a full-only forward, the paper's reading)
     and train_ratio (over a dense training step)}."""
     c = model.config
@@ -369,7 +384,9 @@ def ledger(model, mode, gathered=False, label=None, jepa=False):
         table[item] = (f + forward, b + backward)
 
     routed = mode in ("topk", "threshold")
-    scaled = c.estimator == "scaled" and (not C or model.h[C[0]].gate.learned)
+    learned = bool(C) and model.h[C[0]].gate.learned
+    scaled = c.estimator == "scaled" and learned
+    both = jepa or learned and not scaled  # who reads the path not taken: the target, and the gradient of w under `ste`
     for i in range(L):
         # No gradient is needed below the first controlled layer, and none of frozen weights: backward costs 1x, not 2x.
         grad = 2 if mode == "dense" else 1 if C and i > C[0] else 0
@@ -380,10 +397,10 @@ def ledger(model, mode, gathered=False, label=None, jepa=False):
             add("full", full, table=inference)
             continue
         share = model.h[i].budget if routed else float(mode == "adapter")
-        run_full = 1.0 if routed and not gathered else share
-        run_cheap = 1 - share if routed and gathered and not scaled else 1.0
-        add("full", run_full * full, run_full * grad * full)
-        add("cheap", run_cheap * cheap, run_cheap * (2 if grad else 1.5) * cheap)  # h needs no gradient in the first
+        full_back = 1.0 if routed and not gathered else share
+        cheap_back = 1 - share if routed and gathered and not scaled else 1.0
+        add("full", (1.0 if routed and both else full_back) * full, full_back * grad * full)
+        add("cheap", (1.0 if routed and both else cheap_back) * cheap, cheap_back * (2 if grad else 1.5) * cheap)  # the first h needs no gradient
         add("full", share * full, table=inference)
         add("cheap", cheap * (1 - share if routed and not scaled else 1.0), table=inference)
         if routed:

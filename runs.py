@@ -1,4 +1,5 @@
 """Where a run happens and what it leaves: the machine, and files that appear whole or not at all."""
+import ctypes
 import hashlib
 import json
 import os
@@ -31,6 +32,10 @@ class Machine:
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")
+        if self.device == "cpu" and sys.platform == "linux":
+            # glibc returns every large tensor to the system, which then clears its pages again: a fifth of a training step.
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
         if config["threads"]:
             torch.set_num_threads(config["threads"])
         config["threads"] = torch.get_num_threads()
@@ -183,7 +188,7 @@ def refuse_another_config(out, config):
 # models on disk
 
 # What a backbone depends on; with its data's sha256 it is the backbone's identity.
-BACKBONE_KEYS = ("seed", "n_layer", "n_head", "n_embd", "block_size", "max_iters", "warmup_iters", "batch_size", "learning_rate", "muon_lr",
+BACKBONE_KEYS = ("seed", "n_layer", "n_head", "n_embd", "block_size", "activation", "max_iters", "warmup_iters", "batch_size", "learning_rate", "muon_lr",
                  "gradient_accumulation_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip")
 
 
@@ -210,10 +215,16 @@ def build(config, meta, machine):
 
 
 def freeze(model, machine):
-    """No gradient for the backbone; its weights in the compute dtype: autocast would cast a frozen one at every use."""
-    for name, p in model.backbone().items():
+    """No gradient for the backbone, and its weights in the compute dtype."""
+    for p in model.backbone().values():
         p.requires_grad_(False)
-        if machine.dtype == torch.bfloat16 and (".c_" in name or name.startswith("wte")):
+    cast_frozen(model, machine)
+
+
+def cast_frozen(model, machine):
+    """The matrices that nothing trains in the compute dtype: autocast would cast them at every use."""
+    for name, p in model.named_parameters():
+        if machine.dtype == torch.bfloat16 and not p.requires_grad and (".c_" in name or name.startswith("wte")):
             p.data = p.data.to(torch.bfloat16)
 
 
@@ -252,7 +263,8 @@ def load_run(folder, overrides=None):
     model = build(config, meta, machine)
     known = load_backbone(model, ckpt["backbone"]["path"], machine) if ckpt["backbone"] else None
     load_controllers(model, ckpt, folder, known)
-    return model.requires_grad_(False), config, data, meta, machine
+    cast_frozen(model.requires_grad_(False), machine)
+    return model, config, data, meta, machine
 
 
 def paint(pieces, depths, most, color):

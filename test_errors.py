@@ -299,9 +299,10 @@ CASES = [
     ("a broken config.json", "train", ["config.json", "--overwrite"], replaced(RUN / "config.json", half)),
     ("a broken summary.json", "train", ["summary.json", "--overwrite"], replaced(RUN / "summary.json", half)),
     ("a Hugging Face folder without a config", "train --backbone=hf:data --seed=1", ["data/config.json"]),
-    ("Hugging Face weights that are truncated", "train --backbone=hf:gpt2 --seed=1", ["model.safetensors"], gpt2_folder(b"\0" * 20)),
-    ("Hugging Face weights without our names", "train --backbone=hf:gpt2 --seed=1", ["wte.weight"], gpt2_folder("none of the names")),
+    ("Hugging Face weights that are truncated", "train --backbone=hf:gpt2 --activation=gelu_new --seed=1", ["model.safetensors"], gpt2_folder(b"\0" * 20)),
+    ("Hugging Face weights without our names", "train --backbone=hf:gpt2 --activation=gelu_new --seed=1", ["wte.weight"], gpt2_folder("none of the names")),
     ("a Hugging Face model of another shape", "train --backbone=hf:gpt2 --seed=1", ["gpt2", "n_layer", "12"], gpt2_folder(b"", n_layer=12)),
+    ("a Hugging Face model of another nonlinearity", "train --backbone=hf:gpt2 --seed=1", ["gelu_new", "--activation=gelu_new"], gpt2_folder(b"")),
     # routing
     ("an evaluation of a run as what it is not", "train --eval_only --gate=linear", ["gate", "linear"]),
     ("portions too small", "train --share_step=1e-7 --seed=1", ["share_step", "1e-07"]),

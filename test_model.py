@@ -305,7 +305,7 @@ def gpt2(tmp_path_factory):
 @pytest.mark.parametrize("block_size", [12, 7])
 def test_gpt2_logits_equal_those_of_transformers(gpt2, kind, block_size):
     theirs, folder = gpt2
-    model = make(**SHAPE, block_size=block_size, controlled=(1,))
+    model = make(**SHAPE, block_size=block_size, controlled=(1,), activation="gelu_new")
     before = {n: p.clone() for n, p in model.controllers().items()}
     load_gpt2(model, str(folder / kind))
     idx = tokens(model, 2)
@@ -317,7 +317,7 @@ def test_gpt2_logits_equal_those_of_transformers(gpt2, kind, block_size):
 @pytest.mark.parametrize("fields", [dict(n_layer=3), dict(n_head=4), dict(n_embd=32), dict(vocab_size=31), dict(block_size=13)])
 def test_gpt2_of_another_shape_is_refused(gpt2, fields):
     with pytest.raises(ValueError, match="shape"):
-        load_gpt2(make(**SHAPE | dict(block_size=12, controlled=(1,)) | fields), str(gpt2[1] / "lm"))
+        load_gpt2(make(**SHAPE | dict(block_size=12, controlled=(1,), activation="gelu_new") | fields), str(gpt2[1] / "lm"))
 
 
 def broken(folder, tmp_path, how):
@@ -339,7 +339,7 @@ def broken(folder, tmp_path, how):
 @pytest.mark.parametrize("how", ["no tensor", "tensor of another shape", "another nonlinearity", "no json", "no safetensors", "no file"])
 def test_a_broken_gpt2_is_refused_in_one_line_and_copies_nothing(gpt2, tmp_path, how):
     broken(gpt2[1], tmp_path, how)
-    model = make(**SHAPE, block_size=12, controlled=(1,))
+    model = make(**SHAPE, block_size=12, controlled=(1,), activation="gelu_new")
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(ValueError) as error:
         load_gpt2(model, str(tmp_path))
@@ -380,6 +380,8 @@ def counted(gate="g1", shares=(), **fields):
     *(("topk", False, True, dict(gate=g, estimator=e)) for g in GATES if GATES[g].predicts for e in ESTIMATORS),
     *(("topk", True, False, dict(gate=g, estimator="scaled", budget=b)) for g in LEARNED for b in (0.25, 0.5)),
     *(("topk", True, False, dict(gate=g, budget=b)) for g in UNLEARNED for b in (0.25, 0.5, 1.0)),
+    *(("topk", True, False, dict(gate=g, estimator=e, budget=0.25)) for g in LEARNED for e in ("ste", "ste_norm")),
+    *(("topk", True, True, dict(gate=g, estimator=e, budget=0.25)) for g in GATES if GATES[g].predicts for e in ESTIMATORS),
     ("topk", True, False, dict(gate="random", estimator="scaled")),
     ("topk", True, False, dict(gate="static", shares=(1.0, 0.5, 0.0))),
     ("topk", True, False, dict(gate="g1", estimator="scaled", shares=(0.25, 1.0, 0.5))),

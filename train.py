@@ -22,7 +22,7 @@ import torch
 from configurator import ConfigError, configure, did_you_mean, exit_on_error, read_file
 from gates import (ESTIMATORS, GATES, ORACLES, allocate, jepa_loss, label, oracle_labels, predictor_health,
                    rank_correlation, rank_loss, uniform, util_loss)
-from model import GPTConfig, ledger
+from model import ACTIVATIONS, GPTConfig, ledger
 from prepare import eval_batch, get_batch, load_data, piece, prepare, tokenizer
 from runs import (Machine, build, identity, load_backbone, load_controllers, load_run, open_run, paint, read_checkpoint, read_json,
                   refuse_another_config, run_folder, weights_hash, write_json, write_whole)
@@ -39,7 +39,7 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     # the model
     n_layer=6, n_head=4, n_embd=128, block_size=128,
     controlled=[1, 2, 3, 4, 5],  # the layers that route, from 0
-    cheap_rank=16, gate="g3", g1_hidden=47, latent=16,
+    cheap_rank=16, activation="gelu", gate="g3", g1_hidden=47, latent=16,
     estimator="ste",  # ste, ste_norm or scaled; see gates.route_weight
     budget=0.5,  # the share of tokens that goes full, over all controlled layers
     share_step=0.0,  # 0: the same share in each layer; else gates.allocate hands the budget out in such portions
@@ -68,7 +68,7 @@ CALIBRATION_ITERS = 4  # batches of training text that set the thresholds
 def validate(config):
     """Refuse what cannot run, with a line that names the value and the remedy."""
     c = dict(config)
-    for key, known in (("gate", GATES), ("estimator", ESTIMATORS), ("oracle", ORACLES), ("device", ("auto", "cpu", "cuda")),
+    for key, known in (("gate", GATES), ("activation", ACTIVATIONS), ("estimator", ESTIMATORS), ("oracle", ORACLES), ("device", ("auto", "cpu", "cuda")),
                        ("mode", ("dense", "topk", "cheap", "adapter")), ("dtype", ("auto", "float32", "bfloat16"))):
         if c[key] not in known:
             raise ConfigError(f"--{key}={c[key]!r} is unknown; {did_you_mean(c[key], known)}")
@@ -112,8 +112,7 @@ def step_losses(model, config, batch, draw, log=False):
         out, routes = model.blocks(model.embed(x), "full" if config["mode"] == "dense" else config["mode"], keys)
         return {"lm": model.lm_loss(out, y)}, routes
 
-    out, routes = model.blocks(model.embed(x), "topk", keys, gathered=trains_gathered(config), keep=draw,
-                               align=config["lambda_jepa"] > 0)
+    out, routes = model.blocks(model.embed(x), "topk", keys, keep=draw, align=config["lambda_jepa"] > 0)
     losses = {"lm": model.lm_loss(out, y)}
     if routes[0].target is not None:
         losses["jepa"] = sum(jepa_loss(r.prediction, r.target).mean() for r in routes) / len(routes)
@@ -206,12 +205,6 @@ def set_learning_rate(optimizers, config, step):
         g["lr"] = g["peak"] * warm * (config["min_lr_ratio"] + (1 - config["min_lr_ratio"]) * cosine)
 
 
-def trains_gathered(config):
-    """Masked where something teaches on every token: `ste` needs both paths for w's gradient, JEPA both outcomes."""
-    gate = GATES[config["gate"]]
-    return not gate.learned or (config["estimator"] == "scaled" and not (gate.predicts and config["lambda_jepa"] > 0))
-
-
 def labelled_rows(config, b):
     """The rows of a slice that get labels, spread evenly, so that equal slices make up the same global set."""
     share = config["label_share"]
@@ -271,7 +264,7 @@ def health(model, config, batch, machine, rows=16):
         return {}
     x, keys = (t[:rows].to(machine.device) for t in (batch[0], batch[2]))
     with machine.autocast():
-        routes = model.blocks(model.embed(x), "topk", keys, gathered=False, align=True)[1]
+        routes = model.blocks(model.embed(x), "topk", keys, align=True)[1]
     return {r.layer: predictor_health(r.prediction.flatten(0, 1), r.target.flatten(0, 1)) for r in routes if r.target is not None}
 
 
@@ -502,7 +495,7 @@ def summarise(model, config, mine, known, hashes, evals, seconds, data, batches,
 def flops_of(model, config):
     """The ledger of a recipe."""
     labels = (config["oracle"], config["label_layers"], config["label_share"]) if wants_labels(config) else None
-    return ledger(model, config["mode"], trains_gathered(config), labels, config["lambda_jepa"] > 0)
+    return ledger(model, config["mode"], label=labels, jepa=config["lambda_jepa"] > 0 and GATES[config["gate"]].predicts)
 
 
 def gap_closed(config, mine, loss):

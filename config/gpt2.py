@@ -6,6 +6,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
+activation = "gelu_new"
 controlled = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 cheap_rank = 192
 g1_hidden = 52
