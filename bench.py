@@ -32,10 +32,9 @@ from gates import oracle_labels
 from model import GPT, Cache, ledger
 from prepare import dataset_documents, prepare, stdlib_documents, tokenizer
 from runs import Machine, build, cast_frozen, freeze, model_config
-from study import all_arms
+from study import all_arms, recipe_words
 
 OPTIONS = dict(baseline="", rows="", text="", repeat=5)
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class Case:
@@ -289,7 +288,7 @@ def show_ledger(config):
           "step: a training step / a dense training step; inference: / a dense forward\n\n| recipe | forward proxy | step | inference | items (forward + backward, MFLOP a token) |\n|---|---|---|---|---|")
     out = {}
     for arm in all_arms():
-        c = trainer.validate(configure({**trainer.DEFAULTS, **{k: v for k, v in config.items() if k not in RECIPE_KEYS}}, [os.path.join(HERE, "config", f"{arm}.py")]))
+        c = trainer.validate(configure({**trainer.DEFAULTS, **{k: v for k, v in config.items() if k not in RECIPE_KEYS}}, recipe_words(arm)))
         with torch.device("meta"):
             model = GPT(model_config(c, VOCAB[0]))
         f = trainer.flops_of(model, c)

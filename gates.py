@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 GATES = {}
-ESTIMATORS = ("ste", "ste_norm", "scaled")
+ESTIMATORS = ("ste", "ste_norm", "scaled", "hard")
 ORACLES = ("off_policy", "on_policy")
 
 
@@ -184,9 +184,10 @@ def standardise(x):
 def route_weight(scores, mask, estimator, learned=True):
     """w (B, T) float32, what the full path is multiplied by. The *estimator* decides what L_LM can teach s:
     `ste` hard forward, sigmoid gradient, every token; `ste_norm` the same with s standardised over its row;
-    `scaled` (Mixture-of-Depths style) 2 * sigmoid(s) on the selected tokens, forward and backward."""
+    `scaled` (Mixture-of-Depths style) 2 * sigmoid(s) on the selected tokens, forward and backward; `hard` the mask: L_LM
+    teaches nothing, labels alone do."""
     mask = mask.float()
-    if not learned:
+    if not learned or estimator == "hard":
         return mask
     if estimator == "scaled":
         return mask * 2 * torch.sigmoid(scores)

@@ -386,7 +386,7 @@ def ledger(model, mode, gathered=True, label=None, jepa=False):
     routed = mode in ("topk", "threshold")
     learned = bool(C) and model.h[C[0]].gate.learned
     scaled = c.estimator == "scaled" and learned
-    both = jepa or learned and not scaled  # who reads the path not taken: the target, and the gradient of w under `ste`
+    both = jepa or learned and c.estimator in ("ste", "ste_norm")  # who reads the path not taken: the target, and the gradient of w under `ste`
     for i in range(L):
         # No gradient is needed below the first controlled layer, and none of frozen weights: backward costs 1x, not 2x.
         grad = 2 if mode == "dense" else 1 if C and i > C[0] else 0

@@ -1,5 +1,6 @@
 """Where a run happens and what it leaves: the machine, and files that appear whole or not at all."""
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -113,9 +114,9 @@ def read_json(path):
 CHECKPOINT_KEYS = {"config", "identity", "backbone", "step", "seconds", "evals", "log_bytes", "model", "budgets", "optimizers"}
 
 
-def read_checkpoint(folder):
+def read_checkpoint(folder, name="ckpt.pt"):
     """The checkpoint of a run, read with weights_only=True: a pickle with code in it is refused, never executed."""
-    path = os.path.join(folder, "ckpt.pt")
+    path = os.path.join(folder, name)
     if not os.path.exists(path):
         raise ConfigError(f"{path} does not exist; train it first, or name another run")
     try:
@@ -151,7 +152,7 @@ def git_commit():
 
 
 # Keys that may differ between a run and its resumption: they change no number.
-FREE_KEYS = {"overwrite", "eval_only", "log_interval"}
+FREE_KEYS = {"overwrite", "eval_only", "log_interval", "keep_checkpoints"}
 
 
 def open_run(out, config, overwrite):
@@ -166,9 +167,9 @@ def open_run(out, config, overwrite):
     except OSError as error:
         raise ConfigError(f"cannot make {out} ({error.strerror}); choose another with --out_dir") from None
     if overwrite:
-        for name in ("summary.json", "ckpt.pt", "log.jsonl", "config.json"):
-            if os.path.exists(os.path.join(out, name)):
-                os.remove(os.path.join(out, name))
+        for name in ("summary.json", "ckpt.pt", "ckpt-*.pt", "log.jsonl", "config.json"):
+            for path in glob.glob(os.path.join(glob.escape(out), name)):
+                os.remove(path)
     path = os.path.join(out, "config.json")
     if not os.path.exists(path):
         write_json(path, {**config, "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}, "git_commit": git_commit()})
@@ -254,9 +255,9 @@ def load_controllers(model, ckpt, folder, known):
         model.h[i].budget = budget
 
 
-def load_run(folder, overrides=None):
+def load_run(folder, overrides=None, name="ckpt.pt"):
     """A run's checkpoint -> (model, config, data, meta, machine), for sample.py, study.py and --eval_only."""
-    ckpt = read_checkpoint(folder)
+    ckpt = read_checkpoint(folder, name)
     config = {**ckpt["config"], "device": "auto", "dtype": "auto", **(overrides or {})}
     machine = Machine(config)
     data, meta = load_data(config["dataset"], config["block_size"])

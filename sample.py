@@ -12,9 +12,9 @@ import sys
 import torch
 
 from configurator import ConfigError, configure, exit_on_error
-from prepare import eval_batch, piece, tokenizer
+from prepare import piece, tokenizer
 from runs import load_run, paint, write_whole
-from train import CALIBRATION_ITERS, calibrate
+from train import calibrate, eval_batches
 
 DEFAULTS = dict(
     prompt="The ", max_new_tokens=300,
@@ -109,7 +109,7 @@ def main():
     enc = tokenizer(meta["tokenizer"])
     ids = encode_prompt(options["prompt"], enc, config["block_size"])
     if options["budget"] >= 0:
-        calibrate(model, eval_batch(data["train"], config, CALIBRATION_ITERS), machine, options["budget"])
+        calibrate(model, eval_batches(data, config, final=True)["calibrate"], machine, options["budget"])
     controlled = model.config.controlled if mode == "threshold" else ()
     color = sys.stdout.isatty()
     pieces, masks = [], []

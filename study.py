@@ -1,98 +1,90 @@
 """Arms x seeds -> a report, claim by claim, with tables and pictures.
 
-    python study.py                                   the default arms, 3 seeds, at tiny scale: about an hour on 2 cores
-    python study.py --arms=all --seeds=0,1,2,3,4      every arm
+    python study.py                                   the default arms, 3 seeds, at tiny scale: about half an hour on 2 cores
+    python study.py --arms=tier1 --seeds=0,1,2,3,4    the arms that decide the claims; tier2: the exploratory ones; all: both
     python study.py config/small.py --arms=g1_full_aux,g3_full_aux,cheap_only,full_adapter --max_iters=1000
+    python study.py --tune                            the sweep of learning rates, on validation text with a seed of its own
+    python study.py --audit                           besides: the labels against exact flips, one checkpoint at other budgets
     python study.py --report_only                     the report of what is finished, without running anything
 
 Any key of train.py goes to every arm. Runs lie in out/<scale>/study/<arm>/seed<k>, the report beside them. What is finished
 is skipped, and an interrupted study goes on with the same command.
 """
-import json
-import math
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-from scipy import stats
-
 import train as trainer
+from audit import budget_curve, label_audit
 from configurator import ConfigError, configure, did_you_mean, exit_on_error
-from runs import Machine, build, read_json, write_json, write_whole
+from model import GPT
+from report import REFERENCES, write_report
+from runs import Machine, build, model_config, read_json, write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-REFERENCES = ["cheap_only", "full_adapter"]
+# Arms that are a recipe of config/ with something else.
+VARIANTS = {
+    "g1_scaled": "g1_no_utilrank --estimator=scaled", "g3_scaled": "g3_no_utilrank --estimator=scaled",
+    "g1_scaled_off_policy": "g1_full_aux --estimator=scaled", "g3_scaled_off_policy": "g3_full_aux --estimator=scaled",
+    "g1_scaled_on_policy": "g1_on_policy --estimator=scaled", "g3_scaled_on_policy": "g3_on_policy --estimator=scaled",
+    "g1_ste_norm": "g1_no_utilrank --estimator=ste_norm", "g1_ste_norm_full_aux": "g1_full_aux --estimator=ste_norm",
+    "g1_lambda_003": "g1_full_aux --lambda_util=0.03 --lambda_rank=0.03", "g1_lambda_01": "g1_full_aux --lambda_util=0.1 --lambda_rank=0.1",
+    "g1_lambda_03": "g1_full_aux --lambda_util=0.3 --lambda_rank=0.3", "g1_lambda_3": "g1_full_aux --lambda_util=3 --lambda_rank=3",
+    "static_budget25": "static --budget=0.25", "best_budget25": "best --budget=0.25",
+}
 DEFAULT_ARMS = REFERENCES + ["random", "static", "g1_no_utilrank", "g3_no_utilrank", "g1_full_aux", "g3_full_aux", "best"]
-OPTIONS = dict(arms="", seeds="0,1,2", jobs=0, report_only=False)  # jobs: runs side by side; 0 is one per core, on a GPU one
-RUN_DEFAULTS = dict(backbone="backbone_long", max_iters=600, eval_interval=50)  # at tiny; a scale file or --key changes them
-HIT_LEVELS = (0.25, 0.5, 0.75, 0.9)
-
-# Every claim: what the paper states, and the contrasts that decide it here: (metric, arm A, arm B, the sign of A - B that the
-# claim expects). A contrast agrees or disagrees when every seed has the sign and the paired 95% t-interval, Holm-corrected
-# over all contrasts with a sign, excludes 0; else it is undecided. Lower is better for losses and for hits (steps).
-CLAIMS = [
-    ("C1", "Under full aux G3 beats G1 early to mid training in 3/3 seeds: lower average LM, faster threshold hits, about 10.3x "
-           "lower gradient norms; endpoint LM within 0.005.",
-     [("early_average_loss", "g3_full_aux", "g1_full_aux", -1), ("average_loss", "g3_full_aux", "g1_full_aux", -1),
-      ("hit_50", "g3_full_aux", "g1_full_aux", -1), ("score_grad_norm", "g3_full_aux", "g1_full_aux", -1),
-      ("test_loss", "g3_full_aux", "g1_full_aux", 0)]),
-    ("C2", "Removing util/rank together improves best LM, average LM and threshold-hit speed in 3/3 seeds, for both gates.",
-     [(m, f"{g}_no_utilrank", f"{g}_full_aux", -1) for g in ("g1", "g3") for m in ("best_loss", "average_loss", "hit_50", "test_loss")]),
-    ("C3", "Without util/rank, G3's early-to-mid advantage over G1 disappears.",
-     [("early_average_loss", "g3_no_utilrank", "g1_no_utilrank", 0), ("hit_50", "g3_no_utilrank", "g1_no_utilrank", 0)]),
-    ("C4", "Removing util/rank cuts the training-FLOPs proxy from about 1.53x to about 1.07x of full-only, and the time by about 39%.",
-     [(m, f"{g}_no_utilrank", f"{g}_full_aux", -1) for g in ("g1", "g3") for m in ("forward_proxy", "train_ratio", "seconds")]),
-    ("C5", "(A1) Without the JEPA alignment loss the predictor collapses.",
-     [(m, "g3_no_jepa", "g3_full_aux", s) for m, s in (("r2_action_blind", -1), ("effective_rank", -1), ("collapsed", 1))]),
-    ("C6", "(A4) Results are insensitive to lambda_jepa in {0.25, 1, 2}.",
-     [("test_loss", "g3_jepa_025", "g3_full_aux", 0), ("test_loss", "g3_jepa_2", "g3_full_aux", 0)]),
-    ("C7", "The off-policy label mismatches what gated execution rewards (our test: on-policy labels do better; see also H2).",
-     [("test_loss", "g1_on_policy", "g1_full_aux", -1), ("test_loss", "g3_on_policy", "g3_full_aux", -1)]),
-    ("C8", "At a 25% budget the G3-over-G1 sign reverses in two of three seeds.",
-     [("test_loss", "g3_budget25", "g1_budget25", 1), ("average_loss", "g3_budget25", "g1_budget25", 1)]),
-    ("H0", "(ours) Learned routing beats a static choice of layers at the same total budget.",
-     [("test_loss", arm, "static", -1) for arm in ("g1_full_aux", "g3_full_aux", "g1_no_utilrank", "g3_no_utilrank", "best")]),
-]
-COLUMNS = [("test_loss", "test LM, threshold"), ("test_topk", "test LM, topk (not causal)"), ("gap_closed", "gap closed"),
-           ("best_loss", "best val LM"), ("average_loss", "average val LM"), ("hit_25", "hit 25%"), ("hit_50", "hit 50%"),
-           ("hit_75", "hit 75%"), ("hit_90", "hit 90%"), ("realised", "realised budget"), ("forward_proxy", "forward proxy"),
-           ("train_ratio", "step / dense step"), ("seconds", "seconds")]
+TIER1 = DEFAULT_ARMS + ["linear", "g1_on_policy", "g3_on_policy", "g1_scaled", "g3_scaled", "g1_scaled_off_policy", "g3_scaled_off_policy",
+                        "g1_scaled_on_policy", "g3_scaled_on_policy", "g1_ste_norm", "g1_ste_norm_full_aux", "g1_lambda_01"]
+TIER2 = ["g3_no_jepa", "g3_jepa_025", "g3_jepa_2", "random_budget25", "static_budget25", "best_budget25", "g1_budget25", "g3_budget25",
+         "g1_lambda_003", "g1_lambda_03", "g1_lambda_3"]
+OPTIONS = dict(arms="", seeds="0,1,2", jobs=0, report_only=False, tune=False, audit=False)  # jobs: runs side by side; 0 is one per core, on a GPU one
+RUN_DEFAULTS = dict(backbone="backbone_long", max_iters=400, eval_interval=50)  # at tiny; a scale file or --key changes them
+# What --tune tries, the same number for everything; what it chose at tiny is in the recipes.
+TRIALS = {"gate_lr": (1e-3, 3e-3, 1e-2), "learning_rate": {"cheap_only": (1e-2, 3e-2, 1e-1), "full_adapter": (3e-4, 1e-3, 3e-3)}}
+TUNED_ARMS = ["g1_no_utilrank", "g1_full_aux", "g1_scaled", "g1_scaled_off_policy", "g3_no_utilrank", "g3_full_aux", "g3_scaled", "g3_scaled_off_policy"]
+TUNE = dict(seed=10, max_iters=250, eval_interval=250)
+AUDITED = ["g1_full_aux", "g3_full_aux", "g1_on_policy"]
+CURVES = ["g1_full_aux", "g1_no_utilrank", "g1_scaled", "best", "static", "random"]
 
 
 def all_arms():
-    """The recipes of config/ that train controllers, by reading their files."""
+    """The recipes of config/ that train controllers, by reading their files, and their variants."""
     arms = []
     for name in sorted(f[:-3] for f in os.listdir(os.path.join(HERE, "config")) if f.endswith(".py")):
         config = configure(trainer.DEFAULTS, [os.path.join(HERE, "config", f"{name}.py")])
         if config["recipe"] == name and config["mode"] != "dense":
             arms.append(name)
-    return REFERENCES + [a for a in arms if a not in REFERENCES]
+    return REFERENCES + [a for a in [*arms, *VARIANTS] if a not in REFERENCES]
+
+
+def recipe_words(arm):
+    """The words of train.py's command line that make an arm."""
+    recipe, *changes = VARIANTS.get(arm, arm).split()
+    return [os.path.join(HERE, "config", f"{recipe}.py"), *changes, *([f"--recipe={arm}"] if changes else [])]
 
 
 # -----------------------------------------------------------------------------
 # running
 
 def arm_words(arm, seed, words, folder):
-    """The command line of train.py for one run."""
+    """The command line of train.py for one run. At tiny of the study's length, unless `words` say otherwise."""
     scales = [w for w in words if not w.startswith("--")]
-    overrides = [w for w in words if w.startswith("--")]
-    given = {w[2:].partition("=")[0] for w in overrides}
+    given = {w[2:].partition("=")[0] for w in words}
+    over = {w[2:].partition("=")[0]: w for w in recipe_words(arm)[1:]} | {w[2:].partition("=")[0]: w for w in words if w.startswith("--")}
+    line = [*scales, recipe_words(arm)[0], *over.values()]
     if not scales:
-        overrides += [f"--{k}={v}" for k, v in RUN_DEFAULTS.items() if k not in given]
-    out = os.path.join(folder, arm, f"seed{seed}")
-    return [*scales, os.path.join(HERE, "config", f"{arm}.py"), *overrides, f"--seed={seed}", f"--out_dir={out}"]
+        line += [f"--{k}={v}" for k, v in RUN_DEFAULTS.items() if k not in given]
+    if arm in AUDITED and "keep_checkpoints" not in given:
+        line.append("--keep_checkpoints=True")
+    return [*line, f"--seed={seed}", f"--out_dir={os.path.join(folder, arm, f'seed{seed}')}"]
 
 
-def project(arms, seeds, words, folder, jobs):
-    """Seconds that each arm's run should take: one arm's step and evaluation timed here, the others by the ledger."""
-    config = trainer.validate(configure(trainer.DEFAULTS, arm_words("g1_no_utilrank", 0, words, folder)))
+def project(jobs):
+    """Seconds that each of `jobs`, {out_dir: words of train.py}, should take: one step and evaluation timed here, the others by the ledger."""
+    config = trainer.validate(configure(trainer.DEFAULTS, next(iter(jobs.values()))))
+    config |= dict(mode="topk", gate="g1", estimator="ste", lambda_util=0.0, lambda_rank=0.0)
     machine = Machine(config)
     trainer.backbone_source(config)
     data, meta = trainer.open_data(config, machine)
@@ -108,276 +100,94 @@ def project(arms, seeds, words, folder, jobs):
     began = time.time()
     trainer.evaluate_all(model, config, batches, machine)
     evaluation, one = time.time() - began, sorted(times)[2]
-    base, seconds = None, {}
-    for arm in ["g1_no_utilrank", *arms]:
-        c = trainer.validate(configure(trainer.DEFAULTS, arm_words(arm, 0, words, folder)))
+    base, seconds = trainer.flops_of(model, config)["train_ratio"], {}
+    for out, words in jobs.items():
+        c = trainer.validate(configure(trainer.DEFAULTS, words))
         ratio = trainer.flops_of(build(c, meta, machine), c)["train_ratio"]
-        base = base or ratio
-        seconds[arm] = c["max_iters"] * one * ratio / base + (c["max_iters"] / c["eval_interval"] + 9) * evaluation + 8
+        seconds[out] = c["max_iters"] * one * ratio / base + (c["max_iters"] / c["eval_interval"] + 20) * evaluation + 8
     return seconds
 
 
-def run_all(arms, seeds, words, folder, jobs):
-    todo = [(a, s) for s in seeds for a in arms if not os.path.exists(os.path.join(folder, a, f"seed{s}", "summary.json"))]
-    print(f"{len(arms)} arms x {len(seeds)} seeds, {len(todo)} runs to do, {jobs} at a time", flush=True)
+def run_all(jobs, parallel):
+    """Run train.py for each of `jobs`, {out_dir: words}, that is not finished; `parallel` at a time, with an ETA."""
+    todo = {out: words for out, words in jobs.items() if not os.path.exists(os.path.join(out, "summary.json"))}
+    print(f"{len(jobs)} runs, {len(todo)} to do, {parallel} at a time", flush=True)
     if not todo:
         return
-    seconds = project(arms, seeds, words, folder, jobs)
-    print(f"projected: {sum(seconds[a] for a, _ in todo) / jobs / 60:.0f} minutes, and the backbone where it is not there yet", flush=True)
-    first = [a for a in todo if a[0] == todo[0][0]][:1]  # the first run makes data and backbone; the others wait for it
+    seconds = project(todo)
+    print(f"projected: {sum(seconds.values()) / parallel / 60:.0f} minutes, and the backbone where it is not there yet", flush=True)
     began, done = time.time(), []
 
-    def run(job):
-        arm, seed = job
-        out = os.path.join(folder, arm, f"seed{seed}")
+    def run(out):
         os.makedirs(out, exist_ok=True)
         with open(os.path.join(out, "stdout.txt"), "a") as log:
-            code = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *arm_words(arm, seed, words, folder)],
-                                  stdout=log, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *todo[out]], stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
             with open(os.path.join(out, "stdout.txt")) as log:
-                raise ConfigError(f"{arm} seed {seed} stopped with exit code {code}: {log.read().strip().splitlines()[-1]} "
-                                  f"(see {out}/stdout.txt)")
-        done.append(seconds[arm])
-        left = sum(seconds[a] for a, _ in todo) - sum(done)
-        pace = (time.time() - began) / sum(done)
-        print(f"{len(done)}/{len(todo)}: {arm} seed {seed} finished, about {left * pace / 60:.0f} minutes left", flush=True)
+                raise ConfigError(f"{out} stopped with exit code {code}: {log.read().strip().splitlines()[-1]} (see {out}/stdout.txt)")
+        done.append(seconds[out])
+        left = (sum(seconds.values()) - sum(done)) * (time.time() - began) / sum(done)
+        print(f"{len(done)}/{len(todo)}: {out} finished, about {left / 60:.0f} minutes left", flush=True)
 
-    run(first[0])
-    began = time.time() - seconds[first[0][0]] / jobs
-    with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(run, job) for job in todo if job != first[0]]:
+    first, *rest = todo  # the first run makes data and backbone; the others wait for it
+    run(first)
+    began -= (parallel - 1) * seconds[first]  # it had the machine for itself
+    with ThreadPoolExecutor(parallel) as pool:
+        for future in [pool.submit(run, out) for out in rest]:
             future.result()
 
 
-# -----------------------------------------------------------------------------
-# reading runs
+def tune(words, folder, parallel):
+    """The sweep -> {what: [(rate, val loss)]}, as many trials for each gate x estimator, with labels and without, and each reference."""
+    sweep = {arm: ("gate_lr", TRIALS["gate_lr"]) for arm in TUNED_ARMS} | {arm: ("learning_rate", rates) for arm, rates in TRIALS["learning_rate"].items()}
+    own = [w for w in words if w[2:].partition("=")[0] not in TUNE] + [f"--{k}={v}" for k, v in TUNE.items() if k != "seed"]
+    jobs = {}
+    for arm, (key, rates) in sweep.items():
+        for rate in rates:
+            line = arm_words(arm, TUNE["seed"], [*own, f"--{key}={rate}"], os.path.join(folder, "tune", str(rate)))
+            jobs[line[-1].partition("=")[2]] = line
+    run_all(jobs, parallel)
+    found = {f"{arm}, {key}": [(rate, trainer.causal(read_json(os.path.join(folder, "tune", str(rate), arm, f"seed{TUNE['seed']}", "summary.json"))["val_loss"]))
+                               for rate in rates] for arm, (key, rates) in sweep.items()}
+    write_json(os.path.join(folder, "tuning.json"), found)
+    for name, trials in found.items():
+        print(f"{name}: " + ", ".join(f"{rate} {loss:.4f}" for rate, loss in trials))
 
-def read_run(folder):
-    summary = read_json(os.path.join(folder, "summary.json"))
-    if summary is None:
+
+def audit(arms, seeds, folder):
+    """Labels against exact flips at the first kept checkpoint and the last, and budget curves of the first seed -> audit.json, curves.json."""
+    labels = read_json(os.path.join(folder, "audit.json")) or {}
+    curves = read_json(os.path.join(folder, "curves.json")) or {}
+    for arm in arms:
+        for seed in seeds:
+            run = os.path.join(folder, arm, f"seed{seed}")
+            if not os.path.exists(os.path.join(run, "summary.json")):
+                continue
+            config = read_json(os.path.join(run, "config.json"))
+            for step in (config["eval_interval"], config["max_iters"]) if arm in AUDITED else ():
+                name = f"{arm} seed {seed}, step {step}"
+                if name not in labels and os.path.exists(os.path.join(run, f"ckpt-{step}.pt")):
+                    labels[name] = {str(layer): v for layer, v in label_audit(run, f"ckpt-{step}.pt").items()}
+                    write_json(os.path.join(folder, "audit.json"), labels)
+                    print(f"audited {name}", flush=True)
+            name = f"{arm} seed {seed}"
+            if arm in CURVES and seed == seeds[0] and name not in curves:
+                curves[name] = budget_curve(run)
+                write_json(os.path.join(folder, "curves.json"), curves)
+                print(f"budget curve of {name}", flush=True)
+
+
+def smaller_dense(config):
+    """The honest competitor: a dense model with the inference FLOPs of a routed one, trained as long as the backbone."""
+    folder = os.path.join("out", config["scale"], "smaller_dense", "seed0")
+    summary, there = (read_json(os.path.join(folder, f)) for f in ("summary.json", "config.json"))
+    if not summary:
         return None
-    with open(os.path.join(folder, "log.jsonl")) as f:
-        log = [json.loads(line) for line in f]
-    return {"summary": summary, "steps": [r for r in log if "lm_loss" in r], "evals": [r for r in log if "val_loss" in r],
-            "config": read_json(os.path.join(folder, "config.json"))}
-
-
-def measure(run, references):
-    """One run -> {metric: number}; a hit that never came is None. references: this seed's cheap_only and full_adapter runs."""
-    s, evals = run["summary"], run["evals"][1:]
-    if not s["test_loss"]:
-        raise ConfigError(f"data/{run['config']['dataset']} has no test split, which a study reads once, at the end; make one with prepare.py")
-    curve = [trainer.causal(e["val_loss"]) for e in evals]
-    half = [v for e, v in zip(evals, curve) if e["step"] <= s["steps"] / 2]
-    m = {"test_loss": trainer.causal(s["test_loss"]), "val_loss": trainer.causal(s["val_loss"]), "best_loss": min(curve),
-         "test_topk": s["test_loss"].get("topk"), "average_loss": float(np.mean(curve)), "early_average_loss": float(np.mean(half or curve)),
-         "forward_proxy": s["flops"]["forward_proxy"], "train_ratio": s["flops"]["train_ratio"],
-         "inference_ratio": s["flops"]["inference_ratio"], "seconds": s["seconds"], "dense_test_loss": s["dense_test_loss"]}
-    if "threshold" in s["realised_budget"]:
-        m["realised"] = float(np.mean(s["realised_budget"]["threshold"]))
-    norms = [r["grad_norm"]["scores"] for r in run["steps"]]
-    if any(norms):
-        m["score_grad_norm"] = float(np.median(norms))
-    if all(references):
-        cheap, dense = ({k: trainer.causal(r["summary"][f"{k}_loss"]) for k in ("val", "test")} for r in references)
-        m["gap_closed"] = (cheap["test"] - m["test_loss"]) / (cheap["test"] - dense["test"])
-        floor, top = (trainer.causal(r["evals"][-1]["val_loss"]) for r in references)  # on the rows that the curves use
-        for level in HIT_LEVELS:
-            m[f"hit_{level:.0%}"[:-1]] = next((e["step"] for e, v in zip(evals, curve) if (floor - v) / (floor - top) >= level), None)
-    if run["evals"][-1].get("health"):
-        layers = list(run["evals"][-1]["health"].values())
-        m |= {k: float(np.mean([h[k] for h in layers])) for k in ("effective_rank", "r2_action_blind", "r2_mean", "std", "collapsed")}
-    return m
-
-
-def contrast(name, a, b, sign, measured, seeds):
-    """A - B, paired over the seeds that both have."""
-    pairs = [(s, measured[a][s].get(name), measured[b][s].get(name)) for s in seeds if s in measured.get(a, {}) and s in measured.get(b, {})]
-    if not pairs:
-        return None
-    kept = [(s, x, y) for s, x, y in pairs if x is not None and y is not None]
-    diff = np.array([x - y for _, x, y in kept], dtype=float)
-    row = {"metric": name, "a": a, "b": b, "expected": sign, "seeds": [s for s, *_ in pairs], "values_a": [x for _, x, _ in pairs],
-           "values_b": [y for _, _, y in pairs], "differences": diff.tolist(), "interval": None, "p": 1.0}
-    if len(diff) > 1:
-        half = stats.t.ppf(0.975, len(diff) - 1) * diff.std(ddof=1) / math.sqrt(len(diff))
-        row["interval"] = [diff.mean() - half, diff.mean() + half]
-        row["p"] = float(stats.ttest_1samp(diff, 0).pvalue) if diff.std() > 0 else float(diff[0] == 0)
-    row["same_sign"] = bool(len(kept) == len(pairs) and len(diff) > 0 and (np.all(diff > 0) or np.all(diff < 0)))
-    return row
-
-
-def judge(rows):
-    """Holm over the contrasts with an expected sign, then a verdict for each."""
-    signed = sorted((r for r in rows if r["expected"]), key=lambda r: r["p"])
-    worst = 0.0
-    for i, r in enumerate(signed):
-        worst = r["p_holm"] = max(worst, min(1.0, r["p"] * (len(signed) - i)))
-    for r in rows:
-        mean = np.mean(r["differences"]) if r["differences"] else 0.0
-        if r["expected"] == 0:  # no difference claimed: an interval inside +-0.005 agrees, one outside 0 with one sign disagrees
-            inside = r["interval"] and max(map(abs, r["interval"])) <= 0.005 and r["metric"].endswith("loss")
-            apart = r["same_sign"] and r["interval"] and r["interval"][0] * r["interval"][1] > 0
-            r["verdict"] = "agree" if inside else "disagree" if apart else "undecided"
-            r["signs"] = "-"
-            continue
-        r["signs"] = f"{sum(np.sign(d) == r['expected'] for d in r['differences'])} of {len(r['seeds'])}"
-        decided = r["same_sign"] and r["p_holm"] < 0.05 and len(r["seeds"]) > 1
-        r["verdict"] = "undecided" if not decided else "agree" if np.sign(mean) == r["expected"] else "disagree"
-    return rows
-
-
-# -----------------------------------------------------------------------------
-# the report
-
-def fmt(value):
-    if value is None:
-        return "never"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
-
-
-def report(measured, runs, seeds, folder):
-    """The markdown report and the contrasts as data."""
-    any_run = next(iter(next(iter(runs.values())).values()))
-    c, s = any_run["config"], any_run["summary"]
-    rows = [(claim, contrast(*spec, measured, seeds)) for claim, _, specs in CLAIMS for spec in specs]
-    judge([r for _, r in rows if r])
-    lines = [
-        f"# Study: scale {c['scale']}, {c['max_iters']} steps, seeds {', '.join(map(str, seeds))}", "",
-        f"Backbone `{c['backbone']}` (identity {s['identity']}), dataset `{c['dataset']}`, batch {c['batch_size']} x {c['block_size']}, "
-        f"{s['machine']}.", "",
-        "**Stated before the numbers.** Primary metric: test LM loss at the end, under causal `threshold` routing (what generation uses); "
-        "val losses are means over the same rows for every arm. `topk` losses see the future and are labelled not causal. *Gap closed* = (L_cheap - L) / "
-        "(L_cheap - L_dense), with `cheap_only` and `full_adapter` of the same seed. *Early* is the first half of the steps. A contrast "
-        "*agrees* or *disagrees* when all seeds have the sign and the paired 95% t-interval, Holm-corrected over all signed contrasts here, excludes "
-        "0; else it is *undecided*. Where no difference is claimed, *agree* needs the whole interval inside +-0.005. With 3 seeds this "
-        "rule is strict; the paper's own standard, 3 of 3 signs, stands beside it. A tiny-scale disagreement is not a refutation.", "",
-        "## Verdicts", "", "| claim | contrast (A - B) | A | B | differences | 95% interval | signs as claimed | verdict |", "|---|---|---|---|---|---|---|---|"]
-    for claim, r in rows:
-        if r:
-            lines.append(f"| {claim} | {r['metric']}: {r['a']} - {r['b']} | {', '.join(map(fmt, r['values_a']))} | {', '.join(map(fmt, r['values_b']))} | "
-                         f"{', '.join(f'{d:+.4f}' for d in r['differences'])} | {'[%+.4f, %+.4f]' % tuple(r['interval']) if r['interval'] else '-'} | "
-                         f"{r['signs']} | **{r['verdict']}** |")
-    lines += ["", "## Claim by claim", ""]
-    for claim, text, specs in CLAIMS:
-        mine = [r for name, r in rows if name == claim and r]
-        lines.append(f"- **{claim}** {text} " + ("; ".join(f"{r['metric']} {r['a']} vs {r['b']}: {r['verdict']}" for r in mine) + "."
-                                                 if mine else "*Its arms were not run: " + ", ".join(sorted({a for x in specs for a in x[1:3]})) + ".*"))
-    lines += ["", "## Every arm, every seed", ""]
-    for key, title in COLUMNS:
-        table = [f"| {arm} | " + " | ".join(fmt(measured[arm][s].get(key)) if key in measured[arm].get(s, {}) else "-" for s in seeds) + " |"
-                 for arm in measured if any(key in m for m in measured[arm].values())]
-        if table:
-            lines += [f"### {title}", "", "| arm | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---" * (len(seeds) + 1) + "|", *table, ""]
-    lines += ["## Pictures", "", *(f"![{name}]({name}.png)" for name in sorted(PLOTS))]
-    return "\n".join(lines) + "\n", [{"claim": name, **r} for name, r in rows if r]
-
-
-# -----------------------------------------------------------------------------
-# pictures: every seed is visible
-
-def colors(runs):
-    palette = plt.get_cmap("tab20")
-    return {arm: palette(i % 20) for i, arm in enumerate(runs)}
-
-
-def each(runs):
-    for arm, by_seed in runs.items():
-        for seed, run in by_seed.items():
-            yield arm, seed, run, (arm if seed == min(by_seed) else None)
-
-
-def plot_curves(axis, runs, measured):
-    for arm, seed, run, tag in each(runs):
-        points = [(e["step"], trainer.causal(e["val_loss"])) for e in run["evals"][1:]]
-        axis.plot(*zip(*points), color=colors(runs)[arm], label=tag, lw=1.1)
-    axis.set(title="Learning curves, causal routing, one line a seed", xlabel="step", ylabel="val LM loss")
-
-
-def strip(axis, runs, measured, key, **labels):
-    arms = [a for a in runs if any(m.get(key) is not None for m in measured[a].values())]
-    for i, arm in enumerate(arms):
-        values = [m[key] for m in measured[arm].values() if m.get(key) is not None]
-        axis.plot([i] * len(values), values, "o", color=colors(runs)[arm], alpha=0.8)
-        if len(values) < len(measured[arm]):
-            axis.annotate("never in\n%d" % (len(measured[arm]) - len(values)), (i, min(values)), fontsize=7, ha="center", va="top")
-    axis.set_xticks(range(len(arms)), arms, rotation=40, ha="right", fontsize=8)
-    axis.set(**labels)
-
-
-def plot_gap(axis, runs, measured):
-    strip(axis, runs, measured, "gap_closed", title="Gap closed on test, one dot a seed", ylabel="0 = all cheap, 1 = dense")
-
-
-def plot_hits(axis, runs, measured):
-    for i, level in enumerate(("25", "50", "75", "90")):
-        for j, arm in enumerate(runs):
-            steps = [m.get(f"hit_{level}") for m in measured[arm].values()]
-            axis.plot([i + (j - len(runs) / 2) * 0.05] * len(steps), [x if x is not None else math.nan for x in steps], "o", ms=4,
-                      color=colors(runs)[arm], label=arm if i == 0 else None)
-    axis.set_xticks(range(4), [f"{v}% of the gap" for v in (25, 50, 75, 90)])
-    axis.set(title="First evaluation with that gap closed (no dot: never)", ylabel="step")
-
-
-def plot_gradients(axis, runs, measured):
-    for arm, seed, run, tag in each(runs):
-        points = [(r["step"], r["grad_norm"]["scores"]) for r in run["steps"] if r["grad_norm"]["scores"] > 0]
-        if points:
-            axis.plot(*zip(*points), color=colors(runs)[arm], label=tag, lw=0.8)
-    axis.set(title="Gate gradient: norm of d(LM + util + rank)/d(scores)", xlabel="step", yscale="log")
-
-
-def plot_health(axis, runs, measured):
-    for arm, seed, run, tag in each(runs):
-        points = [(e["step"], np.mean([h["r2_action_blind"] for h in e["health"].values()])) for e in run["evals"] if e.get("health")]
-        if points:
-            axis.plot(*zip(*points), color=colors(runs)[arm], label=tag)
-    axis.axhline(0, color="grey", lw=0.8)
-    axis.set(title="Predictor health: R^2 over the action-blind prediction (0 or less: collapsed)", xlabel="step", ylim=(-1.5, 1))
-
-
-def plot_budget(axis, runs, measured):
-    for arm, seed, run, tag in each(runs):
-        realised = run["summary"]["realised_budget"].get("threshold")
-        if realised:
-            axis.plot(run["config"]["controlled"], realised, "o-", color=colors(runs)[arm], label=tag, lw=0.8, ms=3)
-    axis.set(title="Realised budget under threshold", xlabel="layer", ylabel="share of tokens full", ylim=(-0.03, 1.03))
-
-
-def plot_cost(axis, runs, measured):
-    for arm in runs:
-        points = [(m["train_ratio"], m["test_loss"]) for m in measured[arm].values()]
-        axis.plot(*zip(*points), "o", color=colors(runs)[arm], label=arm)
-    axis.set(title="Cost against quality", xlabel="training FLOPs of a step / a dense step", ylabel="test LM loss, causal")
-
-
-PLOTS = {"curves": plot_curves, "gap_closed": plot_gap, "hits": plot_hits, "gate_gradients": plot_gradients,
-         "predictor_health": plot_health, "realised_budget": plot_budget, "cost_quality": plot_cost}
-
-
-def write_report(arms, seeds, folder):
-    runs = {a: {s: r for s in seeds if (r := read_run(os.path.join(folder, a, f"seed{s}")))} for a in arms}
-    runs = {a: r for a, r in runs.items() if r}
-    if not runs:
-        raise ConfigError(f"no finished run in {folder}; run python study.py first")
-    measured = {a: {s: measure(run, [runs.get(n, {}).get(s) for n in REFERENCES]) for s, run in by_seed.items()} for a, by_seed in runs.items()}
-    text, contrasts = report(measured, runs, seeds, folder)
-    write_whole(os.path.join(folder, "report.md"), lambda part: open(part, "w").write(text))
-    write_json(os.path.join(folder, "results.json"), {"arms": measured, "contrasts": contrasts})
-    for name, plot in PLOTS.items():
-        figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
-        plot(axis, runs, measured)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, ncols=2)
-        axis.grid(alpha=0.3)
-        write_whole(os.path.join(folder, f"{name}.png"), lambda part: figure.savefig(part, dpi=100, format="png"))
-        plt.close(figure)
-    print(f"wrote {folder}/report.md, results.json and {len(PLOTS)} pictures")
-    for r in contrasts:
-        print(f"{r['claim']} {r['metric']}: {r['a']} - {r['b']} = {', '.join(f'{d:+.4f}' for d in r['differences'])}: {r['verdict']}")
+    c = {k: there[k] for k in trainer.DEFAULTS}
+    small, large = (trainer.flops_of(GPT(model_config({**c, "mode": "dense", "n_embd": n}, 257)), {**c, "mode": "dense"})["inference_flops"]
+                    for n in (c["n_embd"], config["n_embd"]))
+    return (f"Width {c['n_embd']}, {c['max_iters']} steps on the same text from scratch: test LM {trainer.causal(summary['test_loss']):.4f} at {small / large:.3f} "
+            "of the dense model's inference FLOPs (for the routed arms see *inference / dense* below).")
 
 
 def parse_seeds(text):
@@ -395,22 +205,29 @@ def main():
     words = [w for w in sys.argv[1:] if w not in mine]
     options, known = configure(OPTIONS, mine), all_arms()
     config = {k: v for k, v in configure({**trainer.DEFAULTS, **OPTIONS}, sys.argv[1:]).items() if k in trainer.DEFAULTS}
-    arms = known if options["arms"] == "all" else options["arms"].split(",") if options["arms"] else DEFAULT_ARMS
+    tiers = {"": DEFAULT_ARMS, "tier1": TIER1, "tier2": TIER2, "all": known}
+    arms = tiers[options["arms"]] if options["arms"] in tiers else options["arms"].split(",")
     for arm in arms:
         if arm not in known:
-            raise ConfigError(f"--arms names {arm!r}, which is no recipe in config/; {did_you_mean(arm, known)}")
+            raise ConfigError(f"--arms names {arm!r}, which is no recipe in config/ and no variant; {did_you_mean(arm, [*known, 'tier1', 'tier2', 'all'])}")
     if len(set(arms)) != len(arms):
         raise ConfigError(f"--arms={options['arms']} names an arm twice; name each once")
     seeds = parse_seeds(options["seeds"])
     if options["jobs"] < 0:
         raise ConfigError(f"--jobs={options['jobs']} is negative; give 0 (one per core) or more")
-    jobs = options["jobs"] or (1 if Machine(dict(config)).device == "cuda" else os.cpu_count())
-    if jobs > 1 and not config["threads"]:
-        words.append(f"--threads={max(1, os.cpu_count() // jobs)}")
+    parallel = options["jobs"] or (1 if Machine(dict(config)).device == "cuda" else os.cpu_count())
+    if parallel > 1 and not config["threads"]:
+        words.append(f"--threads={max(1, os.cpu_count() // parallel)}")
     folder = os.path.join("out", config["scale"], "study")
+    if options["tune"]:
+        return tune(words, folder, parallel)
     if not options["report_only"]:
-        run_all(arms, seeds, words, folder, jobs)
-    write_report(arms, seeds, folder)
+        jobs = [arm_words(arm, seed, words, folder) for seed in seeds for arm in arms]
+        run_all({line[-1].partition("=")[2]: line for line in jobs}, parallel)
+        if options["audit"]:
+            audit(arms, seeds, folder)
+    found = {k: read_json(os.path.join(folder, f"{k}.json")) for k in ("tuning", "audit", "curves")} | {"smaller_dense": smaller_dense(config)}
+    write_report(arms, seeds, folder, {k: v for k, v in found.items() if v})
 
 
 if __name__ == "__main__":

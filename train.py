@@ -40,7 +40,7 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     n_layer=6, n_head=4, n_embd=128, block_size=128,
     controlled=[1, 2, 3, 4, 5],  # the layers that route, from 0
     cheap_rank=16, activation="gelu", gate="g3", g1_hidden=47, latent=16,
-    estimator="ste",  # ste, ste_norm or scaled; see gates.route_weight
+    estimator="ste",  # ste, ste_norm, scaled or hard; see gates.route_weight
     budget=0.5,  # the share of tokens that goes full, over all controlled layers
     share_step=0.0,  # 0: the same share in each layer; else gates.allocate hands the budget out in such portions
     # the losses besides the LM's
@@ -61,8 +61,9 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     device="auto", dtype="auto",  # float32 or bfloat16; auto takes bfloat16 where the hardware multiplies it fast
     threads=0,  # of the CPU; 0 takes PyTorch's default. Another number may change the last bits
     compile=False, overwrite=False, eval_only=False,
+    keep_checkpoints=False,  # also keep each evaluation's checkpoint, as ckpt-<step>.pt
 )
-CALIBRATION_ITERS = 4  # batches of training text that set the thresholds
+CALIBRATION_TOKENS = 2 ** 14, 2 ** 17  # of training text, which set the thresholds: on the way, and at the end of a run
 
 
 def validate(config):
@@ -98,6 +99,8 @@ def validate(config):
             raise ConfigError(f"--controlled={layers}: name at least one layer of 0..{c['n_layer'] - 1}, in ascending order")
         if c["label_layers"] > len(layers):
             raise ConfigError(f"--label_layers={c['label_layers']} is more than the {len(layers)} controlled layers")
+    if c["mode"] == "topk" and c["estimator"] == "hard" and GATES[c["gate"]].learned and not wants_labels(c):
+        raise ConfigError("--estimator='hard' without labels teaches the gate nothing; give --lambda_util or --lambda_rank, or another estimator")
     return c
 
 
@@ -233,9 +236,11 @@ def evaluate(model, batch, mode, machine):
     return total / y.numel(), [sum(f) / y.numel() for f in zip(*full)]
 
 
-def eval_batches(data, config, iters=0):
-    """The fixed rows that are evaluated on, and the training rows that set the thresholds."""
-    return {"val": eval_batch(data["val"], config, iters or config["eval_iters"]), "calibrate": eval_batch(data["train"], config, CALIBRATION_ITERS)}
+def eval_batches(data, config, final=False):
+    """The fixed rows that are evaluated on, and the training rows that set the thresholds: more of both at the end of a run."""
+    tokens = CALIBRATION_TOKENS[final] // (config["block_size"] * config["batch_size"])
+    return {"val": eval_batch(data["val"], config, config["final_eval_iters" if final else "eval_iters"]),
+            "calibrate": eval_batch(data["train"], config, max(1, tokens))}
 
 
 def calibrate(model, batch, machine, budget=None):
@@ -248,10 +253,10 @@ def calibrate(model, batch, machine, budget=None):
 
 @torch.no_grad()
 def evaluate_all(model, config, batches, machine):
-    """{mode: loss} and {mode: realised budgets} under each mode that the run's kind has, thresholds calibrated afresh.
-    `topk` ranks inside the sequence: its loss is not causal."""
+    """{mode: loss} and {mode: realised budgets} under each mode that the run's kind has, thresholds calibrated afresh where
+    the batches have training rows for it. `topk` ranks inside the sequence: its loss is not causal."""
     modes = {"dense": ["full"], "topk": ["topk", "threshold"]}.get(config["mode"], [config["mode"]])
-    if "threshold" in modes:
+    if "threshold" in modes and "calibrate" in batches:
         calibrate(model, batches["calibrate"], machine)
     results = {m: evaluate(model, batches["val"], m, machine) for m in modes}
     return {m: r[0] for m, r in results.items()}, {m: r[1] for m, r in results.items() if r[1]}
@@ -389,6 +394,8 @@ def train(config, machine, data=None, meta=None):
 
     while True:
         last = step == config["max_iters"]
+        if last:
+            batches["calibrate"] = eval_batches(data, config, final=True)["calibrate"]
         if (step % config["eval_interval"] == 0 or last) and not (resumed and resumed["step"] == step):
             look()
             if machine.rank == 0:
@@ -400,10 +407,11 @@ def train(config, machine, data=None, meta=None):
                 record({"step": step, "val_loss": losses, "realised_budget": budgets, "health": health(model, config, batches["val"], machine)})
                 evals.append({"step": step, **losses})
                 say(f"step {step}: val loss " + ", ".join(describe_mode(m, v) for m, v in losses.items()))
-                write_whole(path("ckpt.pt"), lambda part: torch.save({
-                    "config": config, "identity": mine["identity"], "backbone": known, "step": step, "seconds": seconds, "evals": evals,
-                    "log_bytes": log.tell(), "model": {k: v for k, v in model.state_dict().items() if k not in frozen or k in model.controllers()},
-                    "budgets": [model.h[i].budget for i in model.config.controlled], "optimizers": [o.state_dict() for o in optimizers]}, part))
+                ckpt = {"config": config, "identity": mine["identity"], "backbone": known, "step": step, "seconds": seconds, "evals": evals,
+                        "log_bytes": log.tell(), "model": {k: v for k, v in model.state_dict().items() if k not in frozen or k in model.controllers()},
+                        "budgets": [model.h[i].budget for i in model.config.controlled], "optimizers": [o.state_dict() for o in optimizers]}
+                for name in ("ckpt.pt", *([f"ckpt-{step}.pt"] if config["keep_checkpoints"] else [])):
+                    write_whole(path(name), lambda part: torch.save(ckpt, part))
             machine.barrier()
         if last:
             break
@@ -434,7 +442,7 @@ def train(config, machine, data=None, meta=None):
         raise ConfigError(f"a frozen weight moved in {out}: its checkpoint is no controller-only run; see what the gate's forward writes to")
     summary = {}
     if machine.rank == 0:
-        summary = summarise(model, config, mine, known, hashes, evals, seconds, data, batches, machine)
+        summary = summarise(model, config, mine, known, hashes, evals, seconds, data, machine)
         write_json(path("summary.json"), summary)
         say("val_loss: " + ", ".join(describe_mode(m, v) for m, v in summary["val_loss"].items()))
         say("\n".join(f"{k}: {json.dumps(v)}" for k, v in summary.items() if k in ("realised_budget", "gap_closed")))
@@ -470,10 +478,10 @@ def causal(losses):
     return next(v for m, v in losses.items() if m != "topk")
 
 
-def summarise(model, config, mine, known, hashes, evals, seconds, data, batches, machine):
+def summarise(model, config, mine, known, hashes, evals, seconds, data, machine):
     """The run in one record. The test split is read here, once, and nothing is chosen by it."""
     final = {s: eval_batch(data[s], config, config["final_eval_iters"]) for s in ("val", "test") if s in data}
-    results = {s: evaluate_all(model, config, {**batches, "val": b}, machine) for s, b in final.items()}
+    results = {s: evaluate_all(model, config, {"val": b}, machine) for s, b in final.items()}  # calibrated at the last step
     summary = {"val_loss": results["val"][0], "test_loss": results.get("test", ({},))[0], "realised_budget": results["val"][1]}
     curves = {m: [e[m] for e in evals] for m in results["val"][0]}
     summary |= {"best_val_loss": {m: min(c) for m, c in curves.items()}, "average_val_loss": {m: sum(c[1:]) / max(1, len(c) - 1) for m, c in curves.items()}}
@@ -519,7 +527,7 @@ def main():
         model, config, data, meta, machine = load_run(run_folder(config), {k: config[k] for k in ("device", "dtype", "threads")})
         if model.config.controlled:
             model.set_budget(budget)
-        batches = eval_batches(data, config, config["final_eval_iters"])
+        batches = eval_batches(data, config, final=True)
         losses, budgets = evaluate_all(model, config, batches, machine)
         print(json.dumps({"budget": budget, "val_loss": losses, "realised_budget": budgets, "not_causal": ["topk"]}))
         return
