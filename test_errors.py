@@ -321,6 +321,7 @@ CASES = [
     ("an unknown gate", "train --gate=g4", ["gate", "'g4'", "did you mean"]),
     ("an unknown estimator", "train --estimator=step", ["estimator", "'step'", "did you mean"]),
     ("an unknown mode", "train --mode=topp", ["mode", "'topp'", "did you mean 'topk'"]),
+    ("labels alone, and none", "train --estimator=hard --lambda_util=0 --lambda_rank=0", ["hard", "--lambda_util"]),
     ("an unknown oracle", "train --oracle=onpolicy", ["oracle", "'onpolicy'", "did you mean 'on_policy'"]),
     ("a share of labels above 1", "train --label_share=2", ["label_share", "2", "[0, 1]"]),
     # prompts and sampling

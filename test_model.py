@@ -380,7 +380,7 @@ def counted(gate="g1", shares=(), **fields):
     *(("topk", False, True, dict(gate=g, estimator=e)) for g in GATES if GATES[g].predicts for e in ESTIMATORS),
     *(("topk", True, False, dict(gate=g, estimator="scaled", budget=b)) for g in LEARNED for b in (0.25, 0.5)),
     *(("topk", True, False, dict(gate=g, budget=b)) for g in UNLEARNED for b in (0.25, 0.5, 1.0)),
-    *(("topk", True, False, dict(gate=g, estimator=e, budget=0.25)) for g in LEARNED for e in ("ste", "ste_norm")),
+    *(("topk", True, False, dict(gate=g, estimator=e, budget=0.25)) for g in LEARNED for e in ("ste", "ste_norm", "hard")),
     *(("topk", True, True, dict(gate=g, estimator=e, budget=0.25)) for g in GATES if GATES[g].predicts for e in ESTIMATORS),
     ("topk", True, False, dict(gate="random", estimator="scaled")),
     ("topk", True, False, dict(gate="static", shares=(1.0, 0.5, 0.0))),

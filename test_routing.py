@@ -348,7 +348,15 @@ def test_an_auxiliary_loss_trains_the_gate_of_its_layer_and_nothing_else(gate, e
 
 
 @pytest.mark.parametrize("gate", LEARNED)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_under_hard_the_lm_loss_reaches_no_gate(gate):
+    model = make(gate=gate, estimator="hard", controlled=(0, 2))
+    x, _ = model.blocks(model.embed(tokens(model)), "topk")
+    reached = gradients(model, losses_of(model, x, tokens(model, seed=1)).mean())[0]
+    assert reached and not any(".gate." in n for n in reached)
+
+
+@pytest.mark.parametrize("gate", LEARNED)
+@pytest.mark.parametrize("estimator", ("ste", "ste_norm", "scaled"))
 def test_the_lm_loss_reaches_the_scores_through_the_weight_alone(gate, estimator):
     """dL/ds = g . (full - cheap) * dw/ds, with g the gradient at the routed layer's output."""
     model = make(gate=gate, estimator=estimator, controlled=(0, 2))

@@ -678,7 +678,7 @@ def test_a_study_reports_resumes_and_equals_runs_by_hand(done):
     assert all(re.search("not.causal", line) for line in text.splitlines() if "topk" in line)
 
     before = {k: v for k, v in snapshot(folder, times=True).items() if "seed" in k}
-    assert ", 0 runs to do" in go("study", *study)
+    assert ", 0 to do" in go("study", *study)
     assert {k: v for k, v in snapshot(folder, times=True).items() if "seed" in k} == before
 
 
