@@ -1,7 +1,7 @@
 """Arms x seeds -> a report, claim by claim, with tables and pictures.
 
     python study.py                                   the default arms, 3 seeds, at tiny scale: about half an hour on 2 cores
-    python study.py --arms=tier1 --seeds=0,1,2,3,4    the arms that decide the claims; tier2: the exploratory ones; all: both
+    python study.py --arms=tier1 --seeds=0,1,2,3,4    the arms that decide the claims; tier2: the other estimator; tier3: exploratory; all
     python study.py config/small.py --arms=g1_full_aux,g3_full_aux,cheap_only,full_adapter --max_iters=1000
     python study.py --tune                            the sweep of learning rates, on validation text with a seed of its own
     python study.py --audit                           besides: the labels against exact flips, one checkpoint at other budgets
@@ -35,16 +35,15 @@ VARIANTS = {
     "static_budget25": "static --budget=0.25", "best_budget25": "best --budget=0.25",
 }
 DEFAULT_ARMS = REFERENCES + ["random", "static", "g1_no_utilrank", "g3_no_utilrank", "g1_full_aux", "g3_full_aux", "best"]
-TIER1 = DEFAULT_ARMS + ["linear", "g1_on_policy", "g3_on_policy", "g1_scaled", "g3_scaled", "g1_scaled_off_policy", "g3_scaled_off_policy",
-                        "g1_scaled_on_policy", "g3_scaled_on_policy", "g1_ste_norm", "g1_ste_norm_full_aux", "g1_lambda_01"]
-TIER2 = ["g3_no_jepa", "g3_jepa_025", "g3_jepa_2", "random_budget25", "static_budget25", "best_budget25", "g1_budget25", "g3_budget25",
-         "g1_lambda_003", "g1_lambda_03", "g1_lambda_3"]
+TIER1 = DEFAULT_ARMS + ["g1_on_policy", "g3_on_policy", "g1_scaled", "g1_ste_norm", "g1_ste_norm_full_aux", "g1_lambda_01", "static_budget25", "best_budget25"]
+TIER2 = ["g3_scaled", "g1_scaled_off_policy", "g3_scaled_off_policy", "g1_scaled_on_policy", "g3_scaled_on_policy", "linear"]
+TIER3 = ["g3_no_jepa", "g3_jepa_025", "g3_jepa_2", "g1_budget25", "g3_budget25", "random_budget25", "g1_lambda_003", "g1_lambda_03", "g1_lambda_3"]
 OPTIONS = dict(arms="", seeds="0,1,2", jobs=0, report_only=False, tune=False, audit=False)  # jobs: runs side by side; 0 is one per core, on a GPU one
-RUN_DEFAULTS = dict(backbone="backbone_long", max_iters=400, eval_interval=50)  # at tiny; a scale file or --key changes them
+RUN_DEFAULTS = dict(backbone="backbone_long", max_iters=300, eval_interval=30)  # at tiny; a scale file or --key changes them
 # What --tune tries, the same number for everything; what it chose at tiny is in the recipes.
 TRIALS = {"gate_lr": (1e-3, 3e-3, 1e-2), "learning_rate": {"cheap_only": (1e-2, 3e-2, 1e-1), "full_adapter": (3e-4, 1e-3, 3e-3)}}
 TUNED_ARMS = ["g1_no_utilrank", "g1_full_aux", "g1_scaled", "g1_scaled_off_policy", "g3_no_utilrank", "g3_full_aux", "g3_scaled", "g3_scaled_off_policy"]
-TUNE = dict(seed=10, max_iters=250, eval_interval=250)
+TUNE = dict(seed=10, max_iters=200, eval_interval=200, final_eval_iters=16)
 AUDITED = ["g1_full_aux", "g3_full_aux", "g1_on_policy"]
 CURVES = ["g1_full_aux", "g1_no_utilrank", "g1_scaled", "best", "static", "random"]
 
@@ -205,11 +204,11 @@ def main():
     words = [w for w in sys.argv[1:] if w not in mine]
     options, known = configure(OPTIONS, mine), all_arms()
     config = {k: v for k, v in configure({**trainer.DEFAULTS, **OPTIONS}, sys.argv[1:]).items() if k in trainer.DEFAULTS}
-    tiers = {"": DEFAULT_ARMS, "tier1": TIER1, "tier2": TIER2, "all": known}
+    tiers = {"": DEFAULT_ARMS, "tier1": TIER1, "tier2": TIER2, "tier3": TIER3, "all": known}
     arms = tiers[options["arms"]] if options["arms"] in tiers else options["arms"].split(",")
     for arm in arms:
         if arm not in known:
-            raise ConfigError(f"--arms names {arm!r}, which is no recipe in config/ and no variant; {did_you_mean(arm, [*known, 'tier1', 'tier2', 'all'])}")
+            raise ConfigError(f"--arms names {arm!r}, which is no recipe in config/ and no variant; {did_you_mean(arm, [*known, 'tier1', 'tier2', 'tier3', 'all'])}")
     if len(set(arms)) != len(arms):
         raise ConfigError(f"--arms={options['arms']} names an arm twice; name each once")
     seeds = parse_seeds(options["seeds"])

@@ -76,7 +76,7 @@ def test_the_second_verdict_compares_the_same_recipes_under_scaled():
 
 def test_every_arm_of_a_claim_exists():
     named = {x for _, _, specs in report.CLAIMS for _, a, b, _ in specs for arm in (a, b) for x in (arm if isinstance(arm, tuple) else (arm,))}
-    assert named | set(report.UNDER_SCALED.values()) | set(study.TIER1 + study.TIER2) <= set(study.all_arms())
+    assert named | set(report.UNDER_SCALED.values()) | set(study.TIER1 + study.TIER2 + study.TIER3) <= set(study.all_arms())
 
 
 # -----------------------------------------------------------------------------
