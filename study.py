@@ -7,7 +7,8 @@
     python study.py --audit                           besides: the labels against exact flips, one checkpoint at other budgets
     python study.py --report_only                     the report of what is finished, without running anything
 
-Any key of train.py goes to every arm. Runs lie in out/<scale>/study/<arm>/seed<k>, the report beside them. What is finished
+Any key of train.py goes to every arm. Runs lie in out/<scale>/study/<arm>/seed<k> (with
+--backbone_seed=1, another dense model, in study-backbone1), the report beside them. What is finished
 is skipped, and an interrupted study goes on with the same command.
 """
 import os
@@ -26,9 +27,8 @@ from runs import Machine, build, model_config, read_json, write_json
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Arms that are a recipe of config/ with something else.
 VARIANTS = {
-    "g1_scaled": "g1_no_utilrank --estimator=scaled", "g3_scaled": "g3_no_utilrank --estimator=scaled",
-    "g1_scaled_off_policy": "g1_full_aux --estimator=scaled", "g3_scaled_off_policy": "g3_full_aux --estimator=scaled",
-    "g1_scaled_on_policy": "g1_on_policy --estimator=scaled", "g3_scaled_on_policy": "g3_on_policy --estimator=scaled",
+    "g3_scaled": "g3_full_aux --estimator=scaled --lambda_util=0 --lambda_rank=0", "g1_scaled_off_policy": "g1_full_aux --estimator=scaled",
+    "g1_scaled_on_policy": "g1_on_policy --estimator=scaled", "g3_scaled_on_policy": "g3_scaled_off_policy --oracle=on_policy",
     "g1_ste_norm": "g1_no_utilrank --estimator=ste_norm", "g1_ste_norm_full_aux": "g1_full_aux --estimator=ste_norm",
     "g1_lambda_003": "g1_full_aux --lambda_util=0.03 --lambda_rank=0.03", "g1_lambda_01": "g1_full_aux --lambda_util=0.1 --lambda_rank=0.1",
     "g1_lambda_03": "g1_full_aux --lambda_util=0.3 --lambda_rank=0.3", "g1_lambda_3": "g1_full_aux --lambda_util=3 --lambda_rank=3",
@@ -154,11 +154,11 @@ def tune(words, folder, parallel):
 
 
 def audit(arms, seeds, folder):
-    """Labels against exact flips at the first kept checkpoint and the last, and budget curves of the first seed -> audit.json, curves.json."""
+    """Labels against exact flips, at the first checkpoint after the start and the last, of 3 seeds at most; budget curves of the first seed."""
     labels = read_json(os.path.join(folder, "audit.json")) or {}
     curves = read_json(os.path.join(folder, "curves.json")) or {}
     for arm in arms:
-        for seed in seeds:
+        for seed in seeds[:3]:
             run = os.path.join(folder, arm, f"seed{seed}")
             if not os.path.exists(os.path.join(run, "summary.json")):
                 continue
@@ -217,7 +217,7 @@ def main():
     parallel = options["jobs"] or (1 if Machine(dict(config)).device == "cuda" else os.cpu_count())
     if parallel > 1 and not config["threads"]:
         words.append(f"--threads={max(1, os.cpu_count() // parallel)}")
-    folder = os.path.join("out", config["scale"], "study")
+    folder = os.path.join("out", config["scale"], "study" + (f"-backbone{config['backbone_seed']}" if config["backbone_seed"] else ""))
     if options["tune"]:
         return tune(words, folder, parallel)
     if not options["report_only"]:
