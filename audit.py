@@ -1,7 +1,7 @@
 """Questions to finished runs: do the labels say what a flip does, and what does one checkpoint lose at other budgets?
 
     python audit.py out/tiny/study/g1_full_aux/seed0                       both, of one run or of several
-    python audit.py --checkpoint=ckpt-100.pt out/tiny/study/g1_full_aux/seed0     of an earlier checkpoint (train.py --keep_checkpoints)
+    python audit.py --checkpoint=ckpt-30.pt out/tiny/study/g1_full_aux/seed0     of an earlier checkpoint (train.py --keep_checkpoints)
 """
 import json
 import sys
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 
-from configurator import configure, exit_on_error
+from configurator import ConfigError, configure, exit_on_error
 from gates import ORACLES, exact_labels, oracle_labels, rank_correlation
 from prepare import eval_batch
 from runs import load_run
@@ -24,12 +24,19 @@ FACTORS = {"policy": ("flip_full_own", "flip_routed_own"), "single flip": ("on_p
            "later losses": ("flip_routed_own", TRUTH)}
 
 
+def load_gated(folder, overrides, checkpoint):
+    loaded = load_run(folder, overrides, checkpoint)
+    if loaded[1]["mode"] != "topk":
+        raise ConfigError(f"{folder} has no gates (its mode is {loaded[1]['mode']!r}); name a run that routes")
+    return loaded
+
+
 @torch.no_grad()
 def label_audit(folder, checkpoint="ckpt.pt", rows=16, positions=24):
     """{layer: {what: Spearman's rho with TRUTH, over sampled positions of a row, mean of rows}}, and of the pairs in FACTORS.
 
     rows of validation text, and as many positions of each, the same for every layer. In float32: a flip moves little."""
-    model, config, data, _, machine = load_run(folder, {"dtype": "float32"}, checkpoint)
+    model, config, data, _, machine = load_gated(folder, {"dtype": "float32"}, checkpoint)
     x, y, keys = (t[:rows].to(machine.device) for t in eval_batch(data["val"], {**config, "batch_size": rows}, 1))
     picked = sorted(np.random.default_rng(0).permutation(x.size(1))[:positions].tolist())
     result = {}
@@ -45,9 +52,9 @@ def label_audit(folder, checkpoint="ckpt.pt", rows=16, positions=24):
     return result
 
 
-def budget_curve(folder):
+def budget_curve(folder, checkpoint="ckpt.pt"):
     """[(budget, validation loss under threshold, realised budget)] of one checkpoint, calibrated at each budget."""
-    model, config, data, _, machine = load_run(folder)
+    model, config, data, _, machine = load_gated(folder, {}, checkpoint)
     batches = eval_batches(data, config, final=True)
     blocks, curve = [model.h[i] for i in config["controlled"]], []
     shares = [b.budget for b in blocks]
@@ -63,14 +70,15 @@ def budget_curve(folder):
 def main():
     words = [w for w in sys.argv[1:] if w.startswith("--")]
     options = configure(OPTIONS, words)
-    for folder in sys.argv[1:]:
-        if folder in words:
-            continue
+    folders = [w for w in sys.argv[1:] if w not in words]
+    if not folders:
+        raise ConfigError("name the folder of a run, such as out/tiny/g1_full_aux/seed0")
+    for folder in folders:
         audit = label_audit(folder, options["checkpoint"], options["rows"], options["positions"])
         print(f"{folder}, {options['checkpoint']}: Spearman's rho with {TRUTH}, by layer; then the factors apart")
         for name in next(iter(audit.values())):
             print(f"  {name:18s}" + " ".join(f"{audit[layer][name]:+.3f}" for layer in audit))
-        curve = budget_curve(folder)
+        curve = budget_curve(folder, options["checkpoint"])
         print("  budget, val loss under threshold, realised:", "; ".join(f"{b:.2f} {loss:.4f} {r:.3f}" for b, loss, r in curve))
         print(json.dumps({"run": folder, "checkpoint": options["checkpoint"], "labels": audit, "budget_curve": curve}))
 

@@ -127,7 +127,7 @@ def peak_flops(dtype, device):
 
 
 # -----------------------------------------------------------------------------
-# rows: each yields (what, limit, figure, goal for figure / limit, note); figures above 1 mean faster, or smaller
+# rows: each yields (what, limit, figure, goal for figure / limit, note); a negative goal is an upper bound
 
 def dtypes(config):
     return ("float32", "bfloat16") if config["dtype"] == "auto" else (config["dtype"],)
@@ -143,7 +143,7 @@ def gathered_forward(config, options):
             tokens = B * config["block_size"]
             yield f"forward, gathered vs dense, {dtype}, B={B}", limit, slow / fast, goal, f"{tokens / slow:,.0f} and {tokens / fast:,.0f} tokens/s"
         slow, fast = pair(lambda: dense.forward("full"), lambda: case.forward(gathered=False), max(1, options["repeat"] // 2), case.machine.device)
-        yield f"forward, masked vs dense, {dtype}, B={B}", 1 / case.flops()["forward_proxy"], slow / fast, None, "for comparison: no saving"
+        yield f"forward, masked vs dense, {dtype}, B={B}", 1 / case.flops(gathered=False)["forward_proxy"], slow / fast, None, "for comparison: no saving"
 
 
 STEPS = {"`ste`, LM only": {"estimator": "ste", "lambda_util": 0.0, "lambda_rank": 0.0},
@@ -193,7 +193,7 @@ def decode(config, options):
         slow, fast = pair(lambda: dense.decode("full"), lambda: case.decode("threshold"), options["repeat"], case.machine.device)
         size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
         everything = sum(size(b) for b in dense.model.h) + size(dense.model.wte)
-        share = {r.layer: 0.0 for r in case.decode("threshold")}
+        share = dict.fromkeys(config["controlled"], 0.0)
         for r in case.decode("threshold"):
             share[r.layer] += r.mask.float().mean().item() / 16
         saved = sum((1 - share[b.layer]) * (size(b.mlp) - size(b.cheap)) - size(b.gate) for b in case.model.h if b.controlled)
@@ -202,7 +202,7 @@ def decode(config, options):
 
 
 def memory(config, options):
-    """Peak resident memory above what the process had before the step, each in a process of its own."""
+    """Peak memory of building a model and two steps; on a CPU resident memory, each in a process of its own."""
     if Machine(dict(config)).device == "cuda":
         def peak(**over):
             torch.cuda.empty_cache()

@@ -146,7 +146,8 @@ def uniform(keys, stream, length, start=0):
 
     keys (B,) int64, one per row; stream: an int (the layer). The multiply-xorshift mix is splitmix64's."""
     position = torch.arange(start, start + length, device=keys.device)
-    x = keys[:, None] * 0x1E3779B97F4A7C15 + position * 0x3F58476D1CE4E5B9 + (stream + 1) * 0x14D049BB133111EB
+    offset = ((stream + 1) * 0x14D049BB133111EB + 2 ** 63) % 2 ** 64 - 2 ** 63  # as int64 wraps
+    x = keys[:, None] * 0x1E3779B97F4A7C15 + position * 0x3F58476D1CE4E5B9 + offset
     for _ in range(2):
         x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9  # (B, length); int64 wraps
         x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * 0x14D049BB133111EB

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from gates import GATES, Route, route_weight, split_topk, full_tokens, threshold_for, uniform
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh"}  # named as Hugging Face names them; on a CPU in bfloat16 tanh takes 4x as long
-MODES = ("full", "cheap", "adapter", "topk", "threshold")
 
 
 @dataclass
@@ -135,9 +134,14 @@ class Block(nn.Module):
         return x_out, Route(self.layer, scores, mask, prediction, target, *((x, h) if keep else (None, None)))
 
     def gathered_ffn(self, x, h, w, order, n, align):
-        """x + w * full(h) + (1 - w) * cheap(h) without what nobody uses -> (B, T, D), target. order: the tokens of B * T, the
-        n that go full first. Off its own tokens a path has weight 0 (`scaled`: cheap has 1 - w everywhere), so it runs there
-        only where something reads its output, the gradient of w (`ste`) or the target, and never with a graph."""
+        """x + w * full(h) + (1 - w) * cheap(h) without what nobody reads -> (B, T, D), target. order: the tokens of B * T, the
+        n that go full first. Off its own tokens a path has weight 0 and no gradient, so it runs there only for its value:
+                                        full of the rest     cheap of the chosen
+            evaluation, unlearned gates, hard     -                    -
+            ste, ste_norm in training         no graph             no graph      the gradient of w reads both
+            scaled                                -                  graph       1 - w is not 0 there
+            align                             no graph             no graph      the target reads both
+        """
         scaled = self.estimator == "scaled" and self.gate.learned
         if len(order) == 1 and not torch.is_grad_enabled():  # a token in decoding: nothing to gather
             full = self.mlp(h) if n else None
@@ -228,8 +232,8 @@ class GPT(nn.Module):
 
     def blocks(self, x, mode, keys=None, gathered=True, first=0, last=None, keep=(), align=False, cache=None):
         """Run layers first..last on x (B, T, D) -> x, [Route of each layer that decided]. keys (B,) int64 seed
-        the noise of random gates, one a row; the Routes of the layers in `keep` hold x and h; with `align` (masked
-        only) a predicting gate's Route holds its target."""
+        the noise of random gates, one a row; the Routes of the layers in `keep` hold x and h; with `align`
+        a predicting gate's Route holds its target."""
         if keys is None:
             keys = torch.arange(x.size(0), device=x.device)
         routes = []

@@ -2,6 +2,7 @@
 
 study.py calls `write_report`. The rule comes before the numbers, in `RULE` and `CLAIMS`; nothing here looks at a result first.
 """
+import glob
 import json
 import math
 import os
@@ -26,7 +27,7 @@ uses); losses under `topk` see the future and are labelled not causal. Everythin
 *Gap closed* = (L_cheap - L) / (L_cheap - L_dense), with `cheap_only` and `full_adapter` of the same seed. *Early* is the first half of the
 steps. A contrast *agrees* or *disagrees* with its claim when all seeds have the sign and the paired 95% t-interval excludes 0 after Holm's
 correction over all signed contrasts of C1-C3 and H1-H3; else it is *undecided*. The other claims are judged alike without the correction. Where
-no difference is claimed, *agree* needs the whole interval inside +-0.005, *disagree* an interval beside 0. The paper's own standard, the count of
+no difference of a loss is claimed, *agree* needs the whole interval inside +-0.005; *disagree* one sign in all seeds and an interval beside 0. The paper's own standard, the count of
 seeds with the sign, stands beside it. The column *under scaled* repeats the contrast with the `scaled` estimator, without a correction:
 the paper's estimator is not stated, `ste` is our reading. With 2 or 3 seeds (exploratory arms) hardly anything can be decided. A disagreement at tiny
 scale is not a refutation."""
@@ -69,7 +70,7 @@ UNDER_SCALED = {f"{g}_{a}": f"{g}_{b}" for g in ("g1", "g3") for a, b in
                 (("no_utilrank", "scaled"), ("full_aux", "scaled_off_policy"), ("on_policy", "scaled_on_policy"))}
 COLUMNS = [("test_loss", "test LM, threshold"), ("test_topk", "test LM, topk (not causal)"), ("causal_gap", "threshold minus topk (not causal)"), ("gap_closed", "gap closed"),
            ("best_loss", "best val LM"), ("average_loss", "average val LM"), ("early_average_loss", "early average val LM"), ("hit_25", "hit 25%"),
-           ("hit_50", "hit 50%"), ("hit_75", "hit 75%"), ("hit_90", "hit 90%"), ("realised", "realised budget, test"), ("score_grad_norm", "median gradient norm of the scores"),
+           ("hit_50", "hit 50%"), ("hit_75", "hit 75%"), ("hit_90", "hit 90%"), ("realised", "realised budget, val"), ("score_grad_norm", "median gradient norm of the scores"),
            ("forward_proxy", "forward proxy"), ("train_ratio", "step / dense step"), ("inference_ratio", "inference / dense"), ("seconds", "seconds")]
 
 
@@ -228,7 +229,8 @@ def report(measured, runs, seeds, rows, extras):
     if "smaller_dense" in extras:
         lines += ["## A smaller dense model", "", extras["smaller_dense"], ""]
     if "tuning" in extras:
-        lines += ["## Learning rates", "", "Swept on validation text with a seed outside the study, as many trials for each; the best is used.", "",
+        lines += ["## Learning rates", "", "Swept on validation text with a seed outside the study, as many trials for each. The recipes hold the best one; an arm that is not here takes "
+                  "the rate of its gate, estimator and labels. The routed arms' cheap FFNs learn at the rate of `cheap_only`, where two trials tie and 0.03 is kept.", "",
                   *table(["what", "rate: val LM"], [[name, ", ".join(f"{lr}: {loss:.4f}" for lr, loss in trials)] for name, trials in extras["tuning"].items()])]
     lines += ["## Every arm, every seed", ""]
     for key, title in COLUMNS:
@@ -327,10 +329,12 @@ PLOTS = {"time_quality": plot_time, "curves": plot_curves, "gap_closed": plot_ga
          "predictor_health": plot_health, "realised_budget": plot_budget, "cost_quality": plot_cost}
 
 
-def write_report(arms, seeds, folder, extras):
-    """Read the runs of `arms` and `seeds` in `folder`; write report.md, results.json and the pictures there."""
-    runs = {a: {s: r for s in seeds if (r := read_run(os.path.join(folder, a, f"seed{s}")))} for a in arms}
+def write_report(arms, folder, extras):
+    """Read every finished run of `arms` in `folder`; write report.md, results.json and the pictures there."""
+    there = {a: sorted(int(os.path.basename(p)[4:]) for p in glob.glob(os.path.join(glob.escape(folder), a, "seed*"))) for a in arms}
+    runs = {a: {s: r for s in seeds if (r := read_run(os.path.join(folder, a, f"seed{s}")))} for a, seeds in there.items()}
     runs = {a: r for a, r in runs.items() if r}
+    seeds = sorted({s for r in runs.values() for s in r})
     if not runs:
         raise ConfigError(f"no finished run in {folder}; run python study.py first")
     measured = {a: {s: measure(run, [runs.get(n, {}).get(s) for n in REFERENCES]) for s, run in by_seed.items()} for a, by_seed in runs.items()}

@@ -111,6 +111,8 @@ def main():
     if options["budget"] >= 0:
         calibrate(model, eval_batches(data, config, final=True)["calibrate"], machine, options["budget"])
     controlled = model.config.controlled if mode == "threshold" else ()
+    if view and not controlled:
+        raise ConfigError(f"--view shows routing, and under {mode} nothing routes; leave --view out, or name a run with gates")
     color = sys.stdout.isatty()
     pieces, masks = [], []
     generator = torch.Generator(machine.device).manual_seed(options["seed"])

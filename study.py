@@ -7,7 +7,7 @@
     python study.py --audit                           besides: the labels against exact flips, one checkpoint at other budgets
     python study.py --report_only                     the report of what is finished, without running anything
 
-Any key of train.py goes to every arm. Runs lie in out/<scale>/study/<arm>/seed<k> (with
+Any key of train.py but seed and out_dir goes to every arm. Runs lie in out/<scale>/study/<arm>/seed<k> (with
 --backbone_seed=1, another dense model, in study-backbone1), the report beside them. What is finished
 is skipped, and an interrupted study goes on with the same command.
 """
@@ -22,10 +22,10 @@ from audit import budget_curve, label_audit
 from configurator import ConfigError, configure, did_you_mean, exit_on_error
 from model import GPT
 from report import REFERENCES, write_report
-from runs import Machine, build, model_config, read_json, write_json
+from runs import Machine, build, freeze, model_config, read_json, write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# Arms that are a recipe of config/ with something else.
+# Arms that are a recipe of config/ with something else (those with a rate of their own are files).
 VARIANTS = {
     "g3_scaled": "g3_full_aux --estimator=scaled --lambda_util=0 --lambda_rank=0", "g1_scaled_off_policy": "g1_full_aux --estimator=scaled",
     "g1_scaled_on_policy": "g1_on_policy --estimator=scaled", "g3_scaled_on_policy": "g3_scaled_off_policy --oracle=on_policy",
@@ -88,8 +88,7 @@ def project(jobs):
     trainer.backbone_source(config)
     data, meta = trainer.open_data(config, machine)
     model = build(config, meta, machine)
-    for p in model.backbone().values():
-        p.requires_grad_(False)
+    freeze(model, machine)
     optimizers, batches = trainer.make_optimizers(model, config), trainer.eval_batches(data, config)
     times = []
     for step in range(6):
@@ -123,17 +122,20 @@ def run_all(jobs, parallel):
             code = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *todo[out]], stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
             with open(os.path.join(out, "stdout.txt")) as log:
-                raise ConfigError(f"{out} stopped with exit code {code}: {log.read().strip().splitlines()[-1]} (see {out}/stdout.txt)")
+                raise ConfigError(f"{out} stopped with exit code {code}: {(log.read().strip().splitlines() or ['no output'])[-1]} (see {out}/stdout.txt)")
         done.append(seconds[out])
         left = (sum(seconds.values()) - sum(done)) * (time.time() - began) / sum(done)
         print(f"{len(done)}/{len(todo)}: {out} finished, about {left / 60:.0f} minutes left", flush=True)
 
     first, *rest = todo  # the first run makes data and backbone; the others wait for it
     run(first)
-    began -= (parallel - 1) * seconds[first]  # it had the machine for itself
-    with ThreadPoolExecutor(parallel) as pool:
+    began = time.time() - seconds[first] / parallel
+    pool = ThreadPoolExecutor(parallel)
+    try:
         for future in [pool.submit(run, out) for out in rest]:
             future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nothing new starts
 
 
 def tune(words, folder, parallel):
@@ -177,13 +179,15 @@ def audit(arms, seeds, folder):
 
 
 def smaller_dense(config):
-    """The honest competitor: a dense model with the inference FLOPs of a routed one, trained as long as the backbone."""
+    """The honest competitor: a dense model with the inference FLOPs of a routed one, trained as long as the backbone, by
+    python train.py config/backbone_long.py --n_embd=112 --recipe=smaller_dense."""
     folder = os.path.join("out", config["scale"], "smaller_dense", "seed0")
     summary, there = (read_json(os.path.join(folder, f)) for f in ("summary.json", "config.json"))
     if not summary:
         return None
+    vocab = read_json(os.path.join("data", there["dataset"], "meta.json"))["vocab_size"]
     c = {k: there[k] for k in trainer.DEFAULTS}
-    small, large = (trainer.flops_of(GPT(model_config({**c, "mode": "dense", "n_embd": n}, 257)), {**c, "mode": "dense"})["inference_flops"]
+    small, large = (trainer.flops_of(GPT(model_config({**c, "mode": "dense", "n_embd": n}, vocab)), {**c, "mode": "dense"})["inference_flops"]
                     for n in (c["n_embd"], config["n_embd"]))
     return (f"Width {c['n_embd']}, {c['max_iters']} steps on the same text from scratch: test LM {trainer.causal(summary['test_loss']):.4f} at {small / large:.3f} "
             "of the dense model's inference FLOPs (for the routed arms see *inference / dense* below).")
@@ -223,10 +227,10 @@ def main():
     if not options["report_only"]:
         jobs = [arm_words(arm, seed, words, folder) for seed in seeds for arm in arms]
         run_all({line[-1].partition("=")[2]: line for line in jobs}, parallel)
-        if options["audit"]:
-            audit(arms, seeds, folder)
+    if options["audit"]:
+        audit(arms, seeds, folder)
     found = {k: read_json(os.path.join(folder, f"{k}.json")) for k in ("tuning", "audit", "curves")} | {"smaller_dense": smaller_dense(config)}
-    write_report(arms, seeds, folder, {k: v for k, v in found.items() if v})
+    write_report(known, folder, {k: v for k, v in found.items() if v})
 
 
 if __name__ == "__main__":

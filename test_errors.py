@@ -322,6 +322,11 @@ CASES = [
     ("an unknown estimator", "train --estimator=step", ["estimator", "'step'", "did you mean"]),
     ("an unknown mode", "train --mode=topp", ["mode", "'topp'", "did you mean 'topk'"]),
     ("labels alone, and none", "train --estimator=hard --lambda_util=0 --lambda_rank=0", ["hard", "--lambda_util"]),
+    ("a picture of no routing", "sample {run} --mode=full --view=x.png", ["--view", "full"]),
+    ("a picture of a dense model", "sample {backbone} --view=x.html", ["--view", "full"]),
+    ("an audit of nothing", "audit --rows=2", ["name the folder"]),
+    ("an audit of a dense model", "audit {backbone}", ["no gates", "dense"]),
+    ("an audit of a checkpoint that was not kept", "audit --checkpoint=ckpt-3.pt {run}", ["ckpt-3.pt", "does not exist"]),
     ("an unknown oracle", "train --oracle=onpolicy", ["oracle", "'onpolicy'", "did you mean 'on_policy'"]),
     ("a share of labels above 1", "train --label_share=2", ["label_share", "2", "[0, 1]"]),
     # prompts and sampling

@@ -347,6 +347,13 @@ def test_an_auxiliary_loss_trains_the_gate_of_its_layer_and_nothing_else(gate, e
             assert moved and reached <= {n for n in own if "scorer" not in n}
 
 
+@pytest.mark.parametrize("layer", [-1, 0, 5, 6, 11, 12, 63, 1000])
+def test_noise_is_uniform_and_its_own_at_every_layer(layer):
+    noise = uniform(torch.arange(50), layer, 400)
+    assert 0 <= noise.min() and noise.max() < 1 and abs(noise.mean() - 0.5) < 0.01 and abs(noise.var() - 1 / 12) < 0.002
+    assert not torch.equal(noise, uniform(torch.arange(50), layer + 1, 400))
+
+
 @pytest.mark.parametrize("gate", LEARNED)
 def test_under_hard_the_lm_loss_reaches_no_gate(gate):
     model = make(gate=gate, estimator="hard", controlled=(0, 2))

@@ -79,6 +79,15 @@ def test_every_arm_of_a_claim_exists():
     assert named | set(report.UNDER_SCALED.values()) | set(study.TIER1 + study.TIER2 + study.TIER3) <= set(study.all_arms())
 
 
+def test_a_report_holds_every_finished_run_whichever_arms_were_asked_for(done):
+    for arm, seed in (("cheap_only", 0), ("full_adapter", 0), ("random", 0), ("random", 1)):
+        go("train", *tiny(recipe(arm), f"--seed={seed}", f"--out_dir=out/tiny/study/{arm}/seed{seed}"))
+    go("study", *tiny("--arms=random", "--seeds=0", "--jobs=1", "--backbone=backbone"))
+    found = json.loads(Path("out/tiny/study/results.json").read_text())["arms"]
+    assert {a: sorted(s) for a, s in found.items()} == {"cheap_only": ["0"], "full_adapter": ["0"], "random": ["0", "1"]}
+    assert "gap_closed" in found["random"]["0"] and "gap_closed" not in found["random"]["1"]
+
+
 # -----------------------------------------------------------------------------
 # arms
 

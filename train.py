@@ -382,6 +382,7 @@ def train(config, machine, data=None, meta=None):
     if config["compile"]:
         for block in model.h:
             block.compile()
+    logged = step, seconds
     pending = []  # (step, values) whose losses nobody has looked at: looking waits for the GPU
 
     def look():
@@ -428,9 +429,10 @@ def train(config, machine, data=None, meta=None):
         if logging:
             look()
             values = json.loads(json.dumps(values, default=float))  # tensors become numbers
-        seconds += (took := time.time() - began)
+        seconds += time.time() - began
         if logging:
-            rate = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"] / took
+            rate = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"] * (step + 1 - logged[0]) / (seconds - logged[1])
+            logged = step + 1, seconds
             record({"step": step, **values, "tokens_per_s": rate, "seconds": seconds})
             left = (config["max_iters"] - step) * seconds / (step + 1)
             say(f"step {step}/{config['max_iters']}: " + ", ".join(f"{k} {values[k]:.4f}" for k in ("lm_loss", "util", "rank", "jepa") if k in values)
