@@ -45,7 +45,7 @@ TRIALS = {"gate_lr": (1e-3, 3e-3, 1e-2), "learning_rate": {"cheap_only": (1e-2, 
 TUNED_ARMS = ["g1_no_utilrank", "g1_full_aux", "g1_scaled", "g1_scaled_off_policy", "g3_no_utilrank", "g3_full_aux", "g3_scaled", "g3_scaled_off_policy"]
 TUNE = dict(seed=10, max_iters=200, eval_interval=200, final_eval_iters=16)
 AUDITED = ["g1_full_aux", "g3_full_aux", "g1_on_policy"]
-CURVES = ["g1_full_aux", "g1_no_utilrank", "g1_scaled", "best", "static", "random"]
+CURVES = ["g1_full_aux", "g1_ste_norm", "best", "static", "random"]
 
 
 def all_arms():
