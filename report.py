@@ -312,18 +312,20 @@ def plot_budget(axis, runs, measured):
     axis.set(title="Realised budget under threshold", xlabel="layer", ylabel="share of tokens full", ylim=(-0.03, 1.03))
 
 
-def plot_cost(axis, runs, measured):
+def cloud(axis, runs, measured, key, **labels):
     for arm in runs:
-        points = [(m["train_ratio"], m["test_loss"]) for m in measured[arm].values()]
-        axis.plot(*zip(*points), "o", color=colors(runs)[arm], label=arm)
-    axis.set(title="Cost against quality", xlabel="training FLOPs of a step / a dense step", ylabel="test LM loss, causal")
+        x, y = zip(*((m[key], m["test_loss"]) for m in measured[arm].values()))
+        axis.plot(x, y, "o", ms=4, color=colors(runs)[arm])
+        axis.annotate(arm, (max(x), y[x.index(max(x))]), fontsize=6, xytext=(4, -2), textcoords="offset points")
+    axis.set(ylabel="test LM loss, causal", **labels)
+
+
+def plot_cost(axis, runs, measured):
+    cloud(axis, runs, measured, "train_ratio", title="Cost against quality", xlabel="training FLOPs of a step / a dense step")
 
 
 def plot_time(axis, runs, measured):
-    for arm in runs:
-        points = [(m["seconds"], m["test_loss"]) for m in measured[arm].values()]
-        axis.plot(*zip(*points), "o", color=colors(runs)[arm], label=arm)
-    axis.set(title="Time against quality (runs side by side on one machine)", xlabel="seconds of training", ylabel="test LM loss, causal")
+    cloud(axis, runs, measured, "seconds", title="Time against quality (runs side by side on one machine)", xlabel="seconds of training")
 
 
 PLOTS = {"time_quality": plot_time, "curves": plot_curves, "gap_closed": plot_gap, "hits": plot_hits, "gate_gradients": plot_gradients,
