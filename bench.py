@@ -1,19 +1,26 @@
-"""Speed and memory, as ratios measured in one run, beside the limit that FLOPs or bytes allow.
+"""Speed, memory and FLOPs: ratios measured in one run, beside the limit that FLOPs or bytes allow.
 
-    python bench.py                                            tiny, a minute
-    python bench.py config/paper.py --batch_size=4             the paper's shape: needs about 10 GB, half an hour on 2 cores
-    python bench.py config/paper.py --batch_size=4 --baseline=../nanoGPT     beside a nanoGPT checkout, timed in the same run
-    python bench.py --rows=ledger                              the FLOPs of every recipe, no timing
-    python bench.py --rows=forward,training --dtype=bfloat16   some rows in one dtype; by default float32 and bfloat16
-    python bench.py --rows=tokenizing --text='my/*.parquet'    on your own files
+    python bench.py                                     tiny: a few minutes
+    python bench.py config/paper.py --batch_size=4      the paper's shape: 10 GB, an hour on 2 cores
+    python bench.py config/paper.py --dtype=bfloat16 --compile --batch_size=16    the same on a GPU
+    python bench.py --baseline=../nanoGPT               beside a nanoGPT checkout, timed in the same run
+    python bench.py --rows=forward,training             some of: forward, training, labels, distillation,
+                                                        decode, memory, nanogpt, tokenizing, ledger, profile
+    python bench.py --rows=ledger                       the FLOPs of every arm, no timing
+    python bench.py --rows=profile --arm=best           where the time of an arm's training step goes
+    python bench.py --rows=tokenizing --text='my/*.jsonl'    on your own files
+    python bench.py --dtype=bfloat16 --repeat=9         one dtype instead of two, medians of 9 instead of 5
 
-Pairs are timed in turn and medians compared. A `goal` is for the ratio of figure and limit. The last line is JSON.
-Limits come from the ledger (FLOPs), for decoding from the bytes of weights that a token reads; the share of the machine that
-a step uses (MFU) is against a matrix product measured in the same run.
+What is compared is timed in turn, and medians are compared. A limit is what FLOPs (the ledger), bytes of
+weights or a matrix product measured in the same run allow. An aim is only what we would like: of the figure,
+or of its part of the limit. Numbers are compared as they are printed. The last line is JSON.
 """
 import contextlib
+import gc
+import glob
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,86 +29,171 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-import train as trainer
-from configurator import ConfigError, configure, exit_on_error
-from gates import oracle_labels
-from model import GPT, Cache, ledger
-from prepare import dataset_documents, prepare, stdlib_documents, tokenizer
-from runs import Machine, build, cast_frozen, freeze, model_config
-from study import all_arms, recipe_words
+from configurator import HERE, ConfigError, arm_words, configure, did_you_mean, exit_on_error, load_plugin
+from configurator import parse_file, read_arms
+from gates import Context, Step, active_losses, make_label
+from metrics import StepRecord, ledger
+from model import GPT
+from prepare import get_batch, local_documents, local_files, prepare, stdlib_documents, tokenizer
+from runs.backbone import cast_frozen, freeze
+from runs.files import read_json
+from runs.machine import Machine, compile_layers
+from runs.optim import make_optimizers, set_learning_rate
+from runs.options import validate
+from runs.run import build, model_config
+from sample import new_cache
+from train import configure_run, dense_stream, forward, labelled_layers, labelled_rows
 
-OPTIONS = dict(baseline="", rows="", text="", repeat=5)
+OPTIONS = dict(
+    rows="",  # by default all but profile
+    arm="best",  # whose step is profiled
+    baseline="",  # the folder of a nanoGPT checkout
+    text="",  # a glob of files to tokenize; by default the English inside CPython
+    repeat=5,
+)
+STEP_ARMS = ("g1_no_utilrank", "g1_scaled", "g1_full_aux", "g1_distill", "best")
+MEMORY_ARMS = ("g1_no_utilrank", "g1_scaled", "best")
+DECODED = 16  # tokens
 
+
+# -----------------------------------------------------------------------------
+# a row of the table
+
+class Aim(NamedTuple):
+    """What we would like of the figure, or, with of_limit, of its part of the limit."""
+    value: float
+    at_most: bool = False
+    of_limit: bool = False
+
+    def describe(self):
+        sign = "<=" if self.at_most else ">="
+        return f"{sign} {self.value}" + (" of the limit" if self.of_limit else "")
+
+
+class Row(NamedTuple):
+    what: str
+    figure: float
+    limit: float | None = None
+    aim: Aim | None = None
+    note: str = ""
+
+    def facts(self):
+        """What is printed of it -> dict: rounded first and compared then."""
+        facts = {"what": self.what, "figure": round(self.figure, 3), "limit": None, "part": None,
+                 "aim": "", "met": None, "note": self.note}
+        if self.limit is not None:
+            facts["limit"], facts["part"] = round(self.limit, 3), round(self.figure / self.limit, 3)
+        if self.aim is not None:
+            compared = facts["part"] if self.aim.of_limit else facts["figure"]
+            facts["aim"] = self.aim.describe()
+            facts["met"] = compared <= self.aim.value if self.aim.at_most else compared >= self.aim.value
+        return facts
+
+
+def table_line(facts):
+    numbers = ["" if facts[key] is None else f"{facts[key]:.3f}" for key in ("figure", "limit", "part")]
+    verdict = {None: "", True: "met", False: "missed"}[facts["met"]]
+    cells = [facts["what"], *numbers, f"{facts['aim']} {verdict}".strip(), facts["note"]]
+    return f"| {' | '.join(cells)} |"
+
+
+# At tiny a layer is so small that the limits of FLOPs are out of reach: the aims there are for the figures.
+TINY_AIMS = {"forward": Aim(1.1), "decode": Aim(1.0), "g1_no_utilrank": Aim(0.65, at_most=True),
+             "g1_full_aux": Aim(0.95, at_most=True)}
+
+
+def aim_for(name, config, value, at_most=False):
+    """The aim of a row at this scale: `value` of the limit, unless tiny has its own."""
+    if config["scale"] == "tiny" and name in TINY_AIMS:
+        return TINY_AIMS[name]
+    return Aim(value, at_most, of_limit=True)
+
+
+# -----------------------------------------------------------------------------
+# what is measured
 
 class Case:
-    """A model with random weights and a batch of random tokens, at the shape of a config."""
+    """A model with random weights and random tokens, at the shape and in the recipe of a config."""
 
-    def __init__(self, config, **overrides):
-        self.config = trainer.validate({**config, **overrides})
-        self.machine = Machine(self.config)
-        self.model = build(self.config, {"vocab_size": VOCAB[0]}, self.machine)
-        if self.config["mode"] != "dense":
+    def __init__(self, config, vocab_size):
+        self.machine = Machine(config)
+        self.config = self.machine.resolved(config)
+        self.model = build(self.config, {"vocab_size": vocab_size}, self.machine)
+        if config["mode"] != "full":
             freeze(self.model, self.machine)
-            for block in self.model.h:
-                if block.controlled:  # cheap starts at zero, and timings should not
-                    torch.nn.init.normal_(block.cheap.c_proj.weight, std=0.02)
-        self.optimizers = trainer.make_optimizers(self.model, self.config)
-        rows = self.config["batch_size"] * self.config["gradient_accumulation_steps"] * (self.config["block_size"] + 1)
-        self.data = np.random.default_rng(0).integers(0, VOCAB[0], max(rows, 20_000)).astype(np.uint16)
-        self.batch = trainer.get_batch(self.data, self.config, 0, 0, self.machine)
-        if self.config["compile"]:
-            for block in self.model.h:
-                block.compile()
+        for block in self.model.h:
+            if block.controlled:  # cheap starts at zero, and timings should not
+                torch.nn.init.normal_(block.cheap.c_proj.weight, std=0.02)
+        self.losses = active_losses(self.config)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(self.model, self.config)
+        rows = config["batch_size"] * config["gradient_accumulation_steps"]
+        tokens = max(rows * (config["block_size"] + 1), 20_000)
+        self.data = np.random.default_rng(0).integers(0, vocab_size, tokens).astype(np.uint16)
+        self.batch = get_batch(self.data, self.config, 0, 0, self.machine)
+        self.context = Context(self.batch.tokens, self.batch.row_seeds)
+        if config["compile"]:
+            compile_layers(self.model)
         self.steps = 0
 
-    @torch.no_grad()
-    def forward(self, mode="topk", gathered=True):
-        x, y, keys = self.batch
-        with self.machine.autocast():
-            self.model.token_losses(self.model.blocks(self.model.embed(x), mode, keys, gathered)[0], y)
-
-    def step(self):
-        self.steps += 1
-        trainer.train_step(self.model, self.optimizers, self.config, self.data, self.steps, self.machine)
+    def served(self):
+        """The same for inference: nothing trains, so every matrix is in the compute dtype."""
+        cast_frozen(self.model.requires_grad_(False), self.machine)
+        return self
 
     @torch.no_grad()
-    def labels(self, share):
-        x, y, keys = self.batch
-        n = max(1, int(share * len(x)))
-        layers = self.config["controlled"]
+    def infer(self, mode):
+        """One forward pass to the loss of every token."""
         with self.machine.autocast():
-            for layer in (layers[0], layers[len(layers) // 2], layers[-1]):  # their mean is that of a uniform draw
-                route = self.routes[layer]
-                oracle_labels(self.model, route._replace(x=route.x[:n], h=route.h[:n], scores=route.scores[:n]), y[:n], keys[:n], "on_policy")
+            x, _ = self.model.run(self.model.embed(self.context), mode, self.context)
+            self.model.token_losses([x], self.batch.targets)
 
     @torch.no_grad()
-    def keep_routes(self):
+    def decode(self, mode):
+        """DECODED tokens through a KV cache, one at a time -> the Routes of each token."""
+        cache, routes = new_cache(self.model, len(self.batch.tokens)), []
         with self.machine.autocast():
-            routes = self.model.blocks(self.model.embed(self.batch[0]), "topk", self.batch[2], keep=set(self.config["controlled"]))[1]
-        self.routes = {r.layer: r for r in routes}
-
-    @torch.no_grad()
-    def decode(self, mode, tokens=16):
-        cache, full = Cache(self.model.config, 1, self.machine.device, self.machine.dtype), []
-        with self.machine.autocast():
-            for t in range(tokens):
-                full += self.model(self.batch[0][:1, t:t + 1], mode, self.batch[2][:1], cache=cache)[1]
-        return full
-
-    def flops(self, **kw):
-        return ledger(self.model, self.config["mode"], **kw)
+            for t in range(DECODED):
+                token = self.batch.tokens[:, t:t + 1]
+                routes.append(self.model(token, mode, self.batch.row_seeds, cache)[1])
+        return routes
 
 
-VOCAB = [0]  # set by main from the tokenizer of the config's data
+def one_step(case):
+    """A training step as the loop of train.py takes it, on a step that logs nothing -> its losses."""
+    model, config, machine = case.model, case.config, case.machine
+    record = StepRecord(model, config, machine, logged=False)
+    for micro in range(config["gradient_accumulation_steps"]):
+        batch = get_batch(case.data, config, case.steps, micro, machine)
+        with machine.autocast():
+            step = forward(model, config, batch, labelled_layers(config, case.steps))
+            losses = {name: loss(step) for name, loss in case.losses.items()}
+            record.before_backward(step, losses)
+        loss = sum(config[f"lambda_{name}"] * value for name, value in losses.items()) / record.slices
+        loss.backward()
+        record.after_backward(step)
+    set_learning_rate(case.optimizers, config, case.steps)
+    values = record.values(case.trained, case.optimizers)
+    if config["grad_clip"]:
+        torch.nn.utils.clip_grad_norm_(case.trained, config["grad_clip"])
+    for optimizer in case.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    case.steps += 1
+    return values["losses"]
 
 
 def clock(function, device):
+    """Seconds of one call; on a GPU by its own clock."""
     if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
@@ -112,224 +204,461 @@ def clock(function, device):
     return time.perf_counter() - began
 
 
-def pair(a, b, repeat, device):
-    """Median seconds of a and of b, timed in turn after a warm-up of each."""
-    a(), b()
-    times = [(clock(a, device), clock(b, device)) for _ in range(repeat)]
-    return tuple(statistics.median(t) for t in zip(*times))
+def warm_up(function, config, machine):
+    """Compilation, the choice of kernels and the first allocations are over after this."""
+    for _ in range(3 if config["compile"] or machine.device == "cuda" else 1):
+        function()
 
 
-def peak_flops(dtype, device):
-    """FLOP/s of a large matrix product, the best of 9: what this machine can multiply."""
+def in_turn(functions, bench):
+    """The median seconds of each of several functions, timed in turn after a warm-up."""
+    for function in functions:
+        warm_up(function, bench.config, bench.machine)
+    times = []
+    for _ in range(bench.options["repeat"]):
+        times.append([clock(function, bench.machine.device) for function in functions])
+    return [statistics.median(column) for column in zip(*times)]
+
+
+def peak_flops(dtype, bench):
+    """FLOP/s of a large matrix product, the best of several: what this machine can multiply."""
+    device = bench.machine.device
     n = 8192 if device == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n ** 3 / min(clock(lambda: a @ a, device) for _ in range(9))
+    product = partial(torch.matmul, a, a)
+    warm_up(product, bench.config, bench.machine)
+    return 2 * n ** 3 / min(clock(product, device) for _ in range(4 + bench.options["repeat"]))
+
+
+class Bench:
+    """What every row reads: the config of the scale, the options, the machine."""
+
+    def __init__(self, config, options):
+        self.config, self.options, self.machine = config, options, Machine(config)
+        meta = read_json(os.path.join("data", config["dataset"], "meta.json")) or {}
+        by_name = 257 if config["dataset"] in ("stdlib", "web") else 50257
+        self.vocab_size = meta.get("vocab_size", by_name)
+        self.dtypes = ["float32", "bfloat16"] if config["dtype"] == "auto" else [config["dtype"]]
+        self.place = self.machine.describe().replace(str(self.machine.dtype)[6:], " and ".join(self.dtypes))
+
+    def arm(self, name, **changes):
+        """The config of an arm at this scale."""
+        return validate({**configure(self.config, arm_words(name)), **changes})
+
+    def dense(self, **changes):
+        """The config of the dense model, trained as a backbone is."""
+        return validate({**self.config, "mode": "full", **changes})
+
+    def case(self, config):
+        return Case(config, self.vocab_size)
+
+    def ledger(self, config):
+        with torch.device("meta"):
+            model = GPT(model_config(config, self.vocab_size))
+        return ledger(model, config)
 
 
 # -----------------------------------------------------------------------------
-# rows: each yields (what, limit, figure, goal for figure / limit, note); a negative goal is an upper bound
+# the rows
 
-def dtypes(config):
-    return ("float32", "bfloat16") if config["dtype"] == "auto" else (config["dtype"],)
-
-
-def gathered_forward(config, options):
-    for dtype in dtypes(config):
-        goal = 0.95 if dtype == "float32" else 0.90
-        for B in dict.fromkeys((1, config["batch_size"])):
-            dense, case = Case(config, mode="dense", dtype=dtype, batch_size=B), Case(config, gate="g1", dtype=dtype, batch_size=B)
-            slow, fast = pair(lambda: dense.forward("full"), case.forward, options["repeat"], case.machine.device)
-            limit = 1 / case.flops()["inference_ratio"]
-            tokens = B * config["block_size"]
-            yield f"forward, gathered vs dense, {dtype}, B={B}", limit, slow / fast, goal, f"{tokens / slow:,.0f} and {tokens / fast:,.0f} tokens/s"
-        slow, fast = pair(lambda: dense.forward("full"), lambda: case.forward(gathered=False), max(1, options["repeat"] // 2), case.machine.device)
-        yield f"forward, masked vs dense, {dtype}, B={B}", 1 / case.flops(gathered=False)["forward_proxy"], slow / fast, None, "for comparison: no saving"
-
-
-STEPS = {"`ste`, LM only": {"estimator": "ste", "lambda_util": 0.0, "lambda_rank": 0.0},
-         "`scaled`, LM only": {"estimator": "scaled", "lambda_util": 0.0, "lambda_rank": 0.0},
-         "`ste`, util and rank off-policy (full aux)": {"estimator": "ste", "oracle": "off_policy"},
-         "`scaled`, util and rank on-policy, half of the rows (best)": {"estimator": "scaled", "oracle": "on_policy", "label_share": 0.5}}
+def forward_rows(bench):
+    """Gathered and masked against dense: all weights frozen, topk, to the loss."""
+    for dtype in bench.dtypes:
+        for B in dict.fromkeys((1, bench.config["batch_size"])):
+            gathered = bench.arm("g1_no_utilrank", dtype=dtype, batch_size=B)
+            masked = {**gathered, "execution": "masked"}
+            dense = bench.case(bench.dense(dtype=dtype, batch_size=B)).served()
+            routed = [bench.case(config).served() for config in (gathered, masked)]
+            functions = [partial(dense.infer, "full"), *(partial(case.infer, "topk") for case in routed)]
+            slow, fast, both = in_turn(functions, bench)
+            tokens = B * bench.config["block_size"]
+            yield Row(f"forward, gathered vs dense, {dtype}, B={B}", slow / fast,
+                      1 / bench.ledger(gathered)["inference_ratio"],
+                      aim_for("forward", bench.config, 0.95 if dtype == "float32" else 0.90),
+                      f"{tokens / slow:,.0f} and {tokens / fast:,.0f} tokens/s")
+            yield Row(f"forward, masked vs dense, {dtype}, B={B}", slow / both,
+                      1 / bench.ledger(masked)["forward_proxy"], None, "for comparison: it saves nothing")
 
 
-def training_steps(config, options):
-    repeat, baseline = options["repeat"], options["baseline"]
-    for dtype in dtypes(config):
-        dense = Case(config, mode="dense", dtype=dtype)
-        device, tokens = dense.machine.device, config["batch_size"] * config["block_size"]
-        if baseline:
-            theirs, step = nanogpt(baseline, dense)
-            slow, fast = pair(step, dense.step, repeat, device)
-            yield f"dense training step vs nanoGPT, {dtype}", 1.0 if dtype == "float32" else 1.5, slow / fast, 1.0, f"{slow:.2f} and {fast:.2f} s"
-            del theirs, step
-        peak, (fast, _) = peak_flops(dense.machine.dtype, device), pair(dense.step, lambda: None, repeat, device)
-        mfu = 3 * dense.flops()["dense_forward"] * tokens / fast / peak
-        yield f"dense training step, share of a matrix product's FLOP/s (MFU), {dtype}", 1.0, mfu, 0.5, f"of {peak / 1e12:.2f} TFLOP/s; attention as T^2"
-        for name, over in STEPS.items():
-            case = Case(config, gate="g1", dtype=dtype, **over)
-            slow, fast = pair(dense.step, case.step, repeat, device)
-            limit, masked = (case.flops(gathered=g, label=(over["oracle"], 1, over.get("label_share", 1.0)) if "oracle" in over else None)["train_ratio"] for g in (True, False))
-            yield (f"controller step, {name}, vs dense step, {dtype}", limit, fast / slow, -1.05,
-                   f"{fast:.2f} of {slow:.2f} s, {tokens / fast:,.0f} tokens/s, 20,000 steps of 16 x 1024 tokens in {20_000 * 16 * 1024 / tokens * fast / 3600:.2f} h; masked, its limit would be {masked:.3f}")
+def training_rows(bench):
+    """The dense step beside a matrix product, and the steps of arms beside the dense one."""
+    c = bench.config
+    tokens = c["block_size"] * c["batch_size"] * c["gradient_accumulation_steps"]
+    for dtype in bench.dtypes:
+        dense = bench.case(bench.dense(dtype=dtype))
+        peak = peak_flops(dense.machine.dtype, bench)
+        [seconds] = in_turn([partial(one_step, dense)], bench)
+        flops = 3 * bench.ledger(dense.config)["dense_forward"] * tokens
+        yield Row(f"dense step: part of a matrix product's FLOP/s (MFU), {dtype}", flops / seconds / peak,
+                  1.0, Aim(0.5), f"of {peak / 1e12:.2f} TFLOP/s; {tokens / seconds:,.0f} tokens/s")
+        for arm in STEP_ARMS:
+            config = bench.arm(arm, dtype=dtype)
+            case = bench.case(config)
+            slow, fast = in_turn([partial(one_step, dense), partial(one_step, case)], bench)
+            masked = bench.ledger({**config, "execution": "masked"})["train_ratio"]
+            note = f"{fast:.3g} of {slow:.3g} s, {tokens / fast:,.0f} tokens/s; limit if masked {masked:.3f}"
+            if c["scale"] == "paper":
+                hours = 20_000 * 16 * 1024 / tokens * fast / 3600
+                note += f"; 20,000 steps of 16 x 1024 tokens in {hours:.2f} h"
+            part = 1.08 if "distill" in case.losses else 1.05
+            limit = bench.ledger(config)["train_ratio"]
+            yield Row(f"step of {arm} vs dense step, {dtype}", fast / slow, limit,
+                      aim_for(arm, c, part, at_most=True), note)
 
 
-def label_passes(config, options):
-    for dtype in dtypes(config):
-        dense, case = Case(config, mode="dense", dtype=dtype), Case(config, gate="g1", dtype=dtype)
-        case.keep_routes()
-        for share, word in ((1.0, "whole batch"), (0.25, "a quarter")):
-            slow, fast = pair(dense.step, lambda: case.labels(share), max(1, options["repeat"] // 2), dense.machine.device)
-            with_labels = case.flops(label=("on_policy", 1, share))
-            limit = with_labels["train"]["labels"][0] / (3 * with_labels["dense_forward"])
-            yield f"labels, one layer, on-policy, {word}, {dtype}", limit, fast / 3 / slow, -1.08, "as a share of a dense step"
+def label_rows(bench):
+    """Label passes of one layer, on-policy, against a dense step. The first, the middle and the last layer
+    are timed: their mean is that of the layer that is drawn."""
+    controlled = bench.config["controlled"]
+    layers = [controlled[0], controlled[len(controlled) // 2], controlled[-1]]
+    for dtype in bench.dtypes:
+        dense, functions, configs = bench.case(bench.dense(dtype=dtype)), {}, {}
+        for target, arm in (("next", "g1_on_policy"), ("dense", "g1_on_policy_dense")):
+            for share, words in ((1.0, "whole batch"), (0.5, "half of the rows")):
+                what = f"labels of one layer, {target} target, on-policy, {words}, {dtype}"
+                configs[what] = bench.arm(arm, dtype=dtype, label_share=share)
+                functions[what] = partial(label_layers, *routed_rows(bench.case(configs[what]), layers))
+        step, *passes = in_turn([partial(one_step, dense), *functions.values()], bench)
+        for what, seconds in zip(functions, passes):
+            costs = bench.ledger(configs[what])
+            limit = costs["train"]["labels"][0] / (3 * costs["dense_forward"])
+            yield Row(what, seconds / len(layers) / step, limit, Aim(1.08, at_most=True, of_limit=True),
+                      "as a part of a dense step; the dense forward is not in it")
 
 
-def decode(config, options):
-    for dtype in dtypes(config):
-        dense, case = Case(config, mode="dense", dtype=dtype, batch_size=1), Case(config, gate="g1", dtype=dtype, batch_size=1)
-        for c in (dense, case):
-            cast_frozen(c.model.requires_grad_(False), c.machine)
-        trainer.calibrate(case.model, case.batch, case.machine)
-        slow, fast = pair(lambda: dense.decode("full"), lambda: case.decode("threshold"), options["repeat"], case.machine.device)
-        size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
-        everything = sum(size(b) for b in dense.model.h) + size(dense.model.wte)
-        share = dict.fromkeys(config["controlled"], 0.0)
-        for r in case.decode("threshold"):
-            share[r.layer] += r.mask.float().mean().item() / 16
-        saved = sum((1 - share[b.layer]) * (size(b.mlp) - size(b.cheap)) - size(b.gate) for b in case.model.h if b.controlled)
-        yield (f"KV-cached decode, B=1, routed vs dense, {dtype}", everything / (everything - saved), slow / fast, 0.90,
-               f"{16 / slow:,.1f} and {16 / fast:,.1f} tokens/s; full share {sum(share.values()) / len(share):.2f}; {everything * 16 / slow / 1e9:.1f} GB/s")
+@torch.no_grad()
+def routed_rows(case, layers):
+    """-> case, and what labels read: the Step of the labelled rows, and the Routes of `layers`."""
+    step = Step(case.model, case.config, case.context, case.batch.targets)
+    with case.machine.autocast():
+        x = case.model.embed(case.context)
+        _, routes = case.model.run(x, "topk", case.context, keep=layers)
+        step.dense = dense_stream(case.model, x, case.context, 0)
+    rows = torch.tensor(labelled_rows(len(x), case.config["label_share"]), device=x.device)
+    return case, step.rows(rows), [route.rows(rows) for route in routes if route.layer in layers]
 
 
-def memory(config, options):
-    """Peak memory of building a model and two steps; on a CPU resident memory, each in a process of its own."""
-    if Machine(dict(config)).device == "cuda":
-        def peak(**over):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            case = Case(config, **over)
-            case.step(), case.step()
-            return torch.cuda.max_memory_allocated()
-    else:
-        def peak(**over):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                return pool.apply(peak_of, ({**config, **over}, VOCAB[0]))
-    for dtype in dtypes(config):
-        dense = peak(mode="dense", dtype=dtype)
-        for name, over in list(STEPS.items())[:2]:
-            ours = peak(gate="g1", dtype=dtype, **over)
-            yield f"peak memory, controller step {name} vs dense step, {dtype}", 0.5, ours / dense, -1.0, f"{ours / 2**20:,.0f} and {dense / 2**20:,.0f} MiB"
+def label_layers(case, step, routes):
+    with case.machine.autocast():
+        for route in routes:
+            make_label(step, route)
 
 
-def peak_of(config, vocab):
-    VOCAB[0] = vocab
-    torch.ones(8, 8) @ torch.ones(8, 8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    case = Case(config)
-    case.step(), case.step()
-    return max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+def distillation_rows(bench):
+    """The dense forward that distillation and `dense` labels read, from the first controlled layer on."""
+    first = bench.config["controlled"][0]
+    for dtype in bench.dtypes:
+        config = bench.arm("g1_on_policy_dense", dtype=dtype, label_share=1.0)
+        dense, case = bench.case(bench.dense(dtype=dtype)), bench.case(config)
+        with torch.no_grad(), case.machine.autocast():
+            x, _ = case.model.run(case.model.embed(case.context), "topk", case.context, end=first)
+
+        def teach():
+            with case.machine.autocast():
+                dense_stream(case.model, x, case.context, first)
+        step, seconds = in_turn([partial(one_step, dense), teach], bench)
+        costs = bench.ledger(config)
+        yield Row(f"dense forward of distillation, {dtype}", seconds / step,
+                  costs["train"]["dense"][0] / (3 * costs["dense_forward"]),
+                  Aim(1.08, at_most=True, of_limit=True), "as a part of a dense step; the head is not in it")
 
 
-def versus_nanogpt(config, options):
-    if not options["baseline"]:
+def decode_rows(bench):
+    """KV-cached decoding, beside the bytes of weights that a token reads."""
+    for dtype in bench.dtypes:
+        for B in (1, 64) if bench.machine.device == "cuda" else (1,):
+            shape = {"dtype": dtype, "batch_size": B, "block_size": max(DECODED, bench.config["block_size"])}
+            dense = bench.case(bench.dense(**shape)).served()
+            case = bench.case(bench.arm("g1_no_utilrank", **shape)).served()
+            with case.machine.autocast():
+                case.model.calibrate(case.context)
+            slow, fast = in_turn([partial(dense.decode, "full"), partial(case.decode, "threshold")], bench)
+            routes = case.decode("threshold")
+            all_bytes, read = bytes_read(dense.model, [[]]), bytes_read(case.model, routes)
+            full = np.mean([route.mask.float().mean().item() for token in routes for route in token])
+            tokens = DECODED * B
+            yield Row(f"KV-cached decode, routed vs dense, {dtype}, B={B}", slow / fast, all_bytes / read,
+                      aim_for("decode", bench.config, 0.90),
+                      f"{tokens / slow:,.1f} and {tokens / fast:,.1f} tokens/s; {full:.2f} of them full; "
+                      f"dense reads {all_bytes * DECODED / slow / 1e9:.1f} GB/s")
+
+
+def bytes_read(model, routes):
+    """The bytes of weights that one step of decoding reads, a mean over steps. routes: the Routes of each
+    step, an empty list where all is dense. A path is read where a token of the batch takes it."""
+    total = sum(size(block) for block in model.h) + size(model.ln_f) + size(model.wte)
+    spared = 0
+    for route in sum(routes, []):
+        block = model.h[route.layer]
+        if not route.mask.any():
+            spared += size(block.mlp)
+        if route.mask.all() and not block.estimator.mixes:
+            spared += size(block.cheap)
+    return total - spared / len(routes)
+
+
+def size(module):
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def memory_rows(bench):
+    """The peak of building a model and two steps, less what the process held before."""
+    for dtype in bench.dtypes:
+        dense = peak_memory(bench.dense(dtype=dtype), bench)
+        for arm in MEMORY_ARMS:
+            peak = peak_memory(bench.arm(arm, dtype=dtype), bench)
+            yield Row(f"peak memory, step of {arm} vs dense step, {dtype}", peak / dense, None,
+                      Aim(0.5, at_most=True), f"{peak / 2**20:,.0f} and {dense / 2**20:,.0f} MiB")
+
+
+def peak_memory(config, bench):
+    """Bytes: on a GPU what PyTorch allocates, on a CPU resident memory, in a process of its own."""
+    if bench.machine.device != "cuda":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(resident_peak, (config, bench.vocab_size))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    two_steps(config, bench.vocab_size)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def two_steps(config, vocab_size):
+    case = Case(config, vocab_size)
+    one_step(case)
+    one_step(case)
+
+
+def resident_peak(config, vocab_size):
+    for path in config["plugin"]:
+        load_plugin(path)
+    torch.ones(8, 8) @ torch.ones(8, 8)  # loads the library of matrix products
+    before = high_water()
+    two_steps(config, vocab_size)
+    return max(1, high_water() - before)
+
+
+def high_water():
+    """The most bytes that this process has had in memory. On Linux getrusage counts the parent's too."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def nanogpt_rows(bench):
+    """Beside a nanoGPT of the same shape: the dense step, and the routed forward in the last dtype."""
+    if not bench.options["baseline"]:
         return
-    dense, case = Case(config, mode="dense", dtype="float32"), Case(config, gate="g1")
-    theirs, _ = nanogpt(options["baseline"], dense)
-    x, y = (t.contiguous() for t in dense.batch[:2])
-    with torch.no_grad():
-        slow, fast = pair(lambda: theirs(x, y), case.forward, options["repeat"], dense.machine.device)
-    peaks = [peak_flops(getattr(torch, d), case.machine.device) / 1e12 for d in ("float32", case.config["dtype"])]
-    yield (f"forward + loss, gathered {case.config['dtype']} vs nanoGPT float32", 4.0, slow / fast, 1.0,
-           f"{slow:.2f} and {fast:.2f} s; a matrix product: {peaks[0]:.2f} and {peaks[1]:.2f} TFLOP/s")
+    for dtype in bench.dtypes:
+        dense = bench.case(bench.dense(dtype=dtype))
+        nanogpt_step = partial(step_of_nanogpt, *nanogpt(dense, bench.options["baseline"]), dense)
+        slow, fast = in_turn([nanogpt_step, partial(one_step, dense)], bench)
+        yield Row(f"dense step vs nanoGPT's, {dtype}", slow / fast, None,
+                  Aim(1.0 if dtype == "float32" else 1.5), f"{slow:.3g} and {fast:.3g} s")
+    plain = bench.case(bench.dense(dtype="float32"))
+    case = bench.case(bench.arm("g1_no_utilrank", dtype=dtype)).served()
+    model, _ = nanogpt(plain, bench.options["baseline"])
+    nanogpt_forward = torch.no_grad()(partial(loss_of_nanogpt, model, plain))
+    slow, fast = in_turn([nanogpt_forward, partial(case.infer, "topk")], bench)
+    peaks = [peak_flops(c.machine.dtype, bench) for c in (plain, case)]
+    limit = peaks[1] / peaks[0] / bench.ledger(case.config)["inference_ratio"]
+    yield Row(f"forward and loss, gathered {dtype} vs nanoGPT float32", slow / fast, limit, Aim(4.0),
+              f"{slow:.3g} and {fast:.3g} s; a matrix product: {peaks[0] / 1e12:.2f} and "
+              f"{peaks[1] / 1e12:.2f} TFLOP/s")
 
 
-def nanogpt(folder, case):
-    """The model of a nanoGPT checkout at the same shape, and its training step with AdamW and autocast."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(folder, "model.py"))
+def nanogpt(case, folder):
+    """A nanoGPT of the case's shape and its AdamW; compiled if the case is."""
+    c, device = case.model.config, case.machine.device
+    path = os.path.join(folder, "model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    c = case.model.config
-    theirs = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
-                                         n_embd=c.n_embd, dropout=0.0, bias=True)).to(case.machine.device)
-    optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), case.machine.device)
-    x, y = (t.contiguous() for t in case.batch[:2])
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        with case.machine.autocast():
-            loss = theirs(x, y)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-    return theirs, step
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            spec.loader.exec_module(module)
+            shape = module.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer,
+                                     n_head=c.n_head, n_embd=c.n_embd, dropout=0.0, bias=True)
+            model = module.GPT(shape).to(device)
+            optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
+    except Exception as error:  # whatever that file holds
+        raise ConfigError(f"--baseline: {path} is no nanoGPT ({type(error).__name__}: {error}); name the "
+                          "folder of a nanoGPT checkout") from None
+    return torch.compile(model) if case.config["compile"] else model, optimizer
 
 
-def tokenizing(config, options):
-    """The whole of prepare.py, from files to bins, beside raw tiktoken on the same text in memory with as many threads."""
+def loss_of_nanogpt(model, case):
+    return model(case.batch.tokens.contiguous(), case.batch.targets.contiguous())[1]
+
+
+def step_of_nanogpt(model, optimizer, case):
+    optimizer.zero_grad(set_to_none=True)
+    with case.machine.autocast():
+        loss = loss_of_nanogpt(model, case)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def tokenizing_rows(bench):
+    """The whole of prepare.py, from files to bins, beside tiktoken alone on the same text in memory."""
     try:
         enc = tokenizer("gpt2")
     except ConfigError as error:
         print(f"the tokenizing row is left out: {error}", file=sys.stderr)
         return
+    threads = os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
-        source = options["text"]
-        if not source:  # documents as long as a web page's, none twice
-            source, texts = os.path.join(folder, "text.jsonl"), list(stdlib_documents())
-            with open(source, "w") as f:
-                f.writelines(json.dumps({"text": f"{k} " + "\n".join(texts[i:i + 16])}) + "\n" for k in range(8) for i in range(0, len(texts), 16))
-        documents, workers, runs = list(dataset_documents(source)), os.cpu_count(), []
+        source = bench.options["text"] or write_documents(os.path.join(folder, "text.jsonl"))
+        documents, names = [text for _, text in local_documents(local_files(source))], itertools.count()
 
-        def ours():
-            runs.append(0)
+        def from_files():
             with contextlib.redirect_stdout(io.StringIO()):
-                prepare(source, f"run{len(runs)}", root=folder)
-        raw, mine = pair(lambda: enc.encode_ordinary_batch(documents, num_threads=workers), ours, options["repeat"], "cpu")
-    yield "tokenizing, prepare.py vs raw tiktoken", 1.0, raw / mine, 0.9, f"{sum(map(len, documents)) / mine / 1e6:.1f} MB/s, {workers} threads"
+                prepare(source, f"run{next(names)}", root=folder)
+        in_memory = partial(enc.encode_ordinary_batch, documents, num_threads=threads)
+        raw, whole = in_turn([in_memory, from_files], bench)
+    yield Row("tokenizing, prepare.py vs tiktoken alone", raw / whole, None, Aim(0.9),
+              f"{sum(map(len, documents)) / whole / 1e6:.1f} MB/s, {threads} threads")
 
 
-def show_ledger(config):
-    """FLOPs of every recipe, train and inference, against both denominators."""
-    print(f"\nFLOPs per token at T = {config['block_size']}; forward proxy: what training executes forward / a full-only forward; "
-          "step: a training step / a dense training step; inference: / a dense forward\n\n| recipe | forward proxy | step | inference | items (forward + backward, MFLOP a token) |\n|---|---|---|---|---|")
-    out = {}
+def write_documents(path):
+    """Documents as long as a web page's, none twice -> path."""
+    texts = list(stdlib_documents())
+    with open(path, "w", encoding="utf-8") as f:
+        for copy in range(8):
+            for i in range(0, len(texts), 16):
+                f.write(json.dumps({"text": f"{copy} " + "\n".join(texts[i:i + 16])}) + "\n")
+    return path
+
+
+ROWS = {"forward": forward_rows, "training": training_rows, "labels": label_rows,
+        "distillation": distillation_rows, "decode": decode_rows, "memory": memory_rows,
+        "nanogpt": nanogpt_rows, "tokenizing": tokenizing_rows}
+TABLES = ("ledger", "profile")
+
+
+# -----------------------------------------------------------------------------
+# the ledger, and a profile
+
+def all_arms():
+    """Every recipe of config/, then every line of config/arms.ini."""
+    recipes = []
+    for path in sorted(glob.glob(os.path.join(HERE, "config", "*.py"))):
+        if any(key == "recipe" for _, key, _ in parse_file(path)):
+            recipes.append(os.path.splitext(os.path.basename(path))[0])
+    return [*recipes, *read_arms()]
+
+
+def show_ledger(bench):
+    """Print the FLOPs of every arm, in training and inference -> {arm: dict}."""
+    print(f"\nFLOPs per token at T = {bench.config['block_size']}. Forward proxy: what training executes "
+          "forward / a full-only forward. Step: a training step / a dense one. Inference: / a dense forward. "
+          "Items: forward + backward, MFLOP a token.\n\n| arm | forward proxy | step | inference | items |\n"
+          "|---|---|---|---|---|")
+    kept = ("forward_proxy", "train_ratio", "inference_ratio", "forward", "backward", "inference_flops")
+    tables = {}
     for arm in all_arms():
-        c = trainer.validate(configure({**trainer.DEFAULTS, **{k: v for k, v in config.items() if k not in RECIPE_KEYS}}, recipe_words(arm)))
-        with torch.device("meta"):
-            model = GPT(model_config(c, VOCAB[0]))
-        f = trainer.flops_of(model, c)
-        out[arm] = {k: f[k] for k in ("forward_proxy", "train_ratio", "inference_ratio", "forward", "backward", "inference_flops")}
-        items = ", ".join(f"{k} {a / 1e6:.3g} + {b / 1e6:.3g}" for k, (a, b) in f["train"].items())
-        print(f"| {arm} | {f['forward_proxy']:.3f} | {f['train_ratio']:.3f} | {f['inference_ratio']:.3f} | {items} |")
-    return out
+        costs = bench.ledger(bench.arm(arm))
+        tables[arm] = {key: costs[key] for key in kept}
+        items = ", ".join(f"{name} {f / 1e6:.3g} + {b / 1e6:.3g}" for name, (f, b) in costs["train"].items())
+        ratios = " | ".join(f"{costs[key]:.3f}" for key in kept[:3])
+        print(f"| {arm} | {ratios} | {items} |")
+    return tables
 
 
-RECIPE_KEYS = ("recipe", "mode", "gate", "estimator", "oracle", "budget", "share_step", "label_share", "label_layers", "lambda_util", "lambda_rank", "lambda_jepa")
-ROWS = {"forward": gathered_forward, "nanogpt": versus_nanogpt, "training": training_steps, "labels": label_passes, "decode": decode, "memory": memory, "tokenizing": tokenizing}
+def show_profile(bench):
+    """Print where the time of an arm's training step goes -> {dtype: facts}."""
+    return {dtype: profile_step(bench, dtype) for dtype in bench.dtypes}
+
+
+def profile_step(bench, dtype):
+    arm, steps, on_gpu = bench.options["arm"], bench.options["repeat"], bench.machine.device == "cuda"
+    step = partial(one_step, bench.case(bench.arm(arm, dtype=dtype)))
+    [plain] = in_turn([step], bench)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler:
+        wall = sum(clock(step, bench.machine.device) for _ in range(steps)) / steps
+    milliseconds, calls = {}, {}
+    is_counted = is_kernel if on_gpu else is_operator
+    for event in profiler.key_averages():
+        if is_counted(event):
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            milliseconds[event.key], calls[event.key] = own / steps / 1e3, event.count / steps
+    inside = sum(milliseconds.values())
+    print(f"\nA step of {arm}, {dtype}: {plain * 1e3:.1f} ms, and {wall * 1e3:.1f} ms under the profiler, "
+          f"{inside:.1f} ms of it in operators and {1 - inside / wall / 1e3:.0%} outside (Python, autograd, "
+          "launching).\n\n| operator | ms a step | share | calls a step |\n|---|---|---|---|")
+    largest = sorted(milliseconds, key=milliseconds.get, reverse=True)[:12]
+    for name in largest:
+        share = milliseconds[name] / wall / 1e3
+        print(f"| {name[:60]} | {milliseconds[name]:.2f} | {share:.1%} | {calls[name]:.0f} |")
+    return {"step_ms": plain * 1e3, "profiled_ms": wall * 1e3, "operators_ms": inside,
+            "largest": {name: milliseconds[name] for name in largest}}
+
+
+def is_kernel(event):
+    return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+
+
+def is_operator(event):
+    """aten::mm is one; a node of autograd or a step of an optimizer also holds Python's time."""
+    return "::" in event.key and not event.key.startswith("autograd::")
+
+
+# -----------------------------------------------------------------------------
+
+def read_words(words):
+    """The words of the command line -> (config of the scale, options, names of rows). Raises ConfigError."""
+    own = [w for w in words if w.startswith("--") and w[2:].partition("=")[0] in OPTIONS]
+    options = configure(OPTIONS, own)
+    config, defaults = configure_run([w for w in words if w not in own])
+    names = options["rows"].split(",") if options["rows"] else [*ROWS, "ledger"]
+    for name in names:
+        if name not in (*ROWS, *TABLES):
+            raise ConfigError(f"--rows names {name!r}; known: {', '.join((*ROWS, *TABLES))}")
+    if config["recipe"] != defaults["recipe"] or config["mode"] == "full":
+        raise ConfigError("the rows of the benchmark name their arms: give a scale, and leave the recipe out "
+                          "(--rows=profile takes --arm=NAME)")
+    if options["repeat"] < 1:
+        raise ConfigError(f"--repeat={options['repeat']} measures nothing; give 1 or more")
+    if options["arm"] not in all_arms():
+        raise ConfigError(f"--arm={options['arm']!r} is unknown; {did_you_mean(options['arm'], all_arms())}")
+    if options["baseline"] and not os.path.exists(os.path.join(options["baseline"], "model.py")):
+        raise ConfigError(f"--baseline={options['baseline']!r} has no model.py; name the folder of a nanoGPT "
+                          "checkout")
+    return config, options, names
+
+
+def print_machine(bench):
+    """Where this is measured, and a warning where it means little."""
+    config = bench.config
+    print(f"{bench.place}; {config['scale']}: {config['n_layer']} layers, width {config['n_embd']}, T = "
+          f"{config['block_size']}, B = {config['batch_size']}, budget {config['budget']}, medians of "
+          f"{bench.options['repeat']}" + ", compiled" * config["compile"])
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        print(f"warning: the machine is not idle (load average {load:.2f}): a ratio that is measured now "
+              "means little")
+    return load
 
 
 def main():
-    mine = [w for w in sys.argv[1:] if w.startswith("--") and w[2:].partition("=")[0] in OPTIONS]
-    options = configure(OPTIONS, mine)
-    config = trainer.validate(configure(trainer.DEFAULTS, [w for w in sys.argv[1:] if w not in mine]))
-    VOCAB[0] = 257 if config["dataset"] == "stdlib" else 50257
-    names = options["rows"].split(",") if options["rows"] else [*ROWS, "ledger"]
-    for name in names:
-        if name not in (*ROWS, "ledger"):
-            raise ConfigError(f"--rows names {name!r}; known: {', '.join((*ROWS, 'ledger'))}")
-    if options["baseline"] and not os.path.exists(os.path.join(options["baseline"], "model.py")):
-        raise ConfigError(f"--baseline={options['baseline']!r} has no model.py; name the folder of a nanoGPT checkout")
-    machine = Machine(dict(config))
-    print(f"{machine.describe()}; {config['scale']}: {config['n_layer']} layers, width {config['n_embd']}, T = {config['block_size']}, "
-          f"B = {config['batch_size']}, budget {config['budget']}\n\n| what | limit | figure | figure / limit | goal | |\n|---|---|---|---|---|---|", flush=True)
+    config, options, names = read_words(sys.argv[1:])
+    bench = Bench(config, options)
+    load = print_machine(bench)
+    timed = [name for name in names if name in ROWS]
+    if timed:
+        print("\n| what | figure | limit | figure / limit | aim | |\n|---|---|---|---|---|---|", flush=True)
     rows = []
-    for name in (n for n in names if n in ROWS):
-        for what, limit, figure, goal, note in ROWS[name](config, options):
-            aim = "" if goal is None else f">= {goal}" if goal > 0 else f"<= {-goal}"
-            met = "" if goal is None else " met" if (figure / limit >= goal if goal > 0 else figure / limit <= -goal) else " missed"
-            print(f"| {what} | {limit:.3f} | {figure:.3f} | {figure / limit:.3f} | {aim}{met} | {note} |", flush=True)
-            rows.append({"what": what, "limit": limit, "figure": figure, "ratio": figure / limit, "goal": aim, "met": met.strip(), "note": note})
-    recipes = show_ledger(config) if "ledger" in names else {}
-    print(json.dumps({"machine": machine.describe(), "scale": config["scale"], "rows": rows, "ledger": recipes}))
+    for name in timed:
+        for row in ROWS[name](bench):
+            rows.append(row.facts())
+            print(table_line(rows[-1]), flush=True)
+    tables = show_ledger(bench) if "ledger" in names else {}
+    profiles = show_profile(bench) if "profile" in names else {}
+    print(json.dumps({"machine": bench.place, "load": load, "scale": config["scale"],
+                      "rows": rows, "ledger": tables, "profile": profiles}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""What the tests share: a tiny text, the words of a tiny run, and ways to run the scripts in a folder of their own.
+"""What the tests share: a tiny text, the words of a tiny run, and ways to run the scripts in a folder of
+their own.
 
-`pytest --hypothesis-profile=long` fuzzes for longer.
+    python -m pytest                                          everything, minutes
+    python -m pytest --plugin=my_gate.py test_routing.py      the contract's tests over that file's entries too
+    python -m pytest --hypothesis-profile=long                fuzz for longer
+    python -m pytest tests/test_fuzz.py --mutations=1000      break more records and checkpoints
+    python -m pytest tests/test_kills.py --kills=100          kill runs at random moments
 """
 import contextlib
 import hashlib
@@ -18,17 +23,37 @@ import pytest
 import torch
 from hypothesis import settings
 
+from configurator import load_plugin
 from prepare import split_of
 
 HERE = Path(__file__).resolve().parent
+os.environ["MPLBACKEND"] = "Agg"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--plugin", action="append", default=[], help="a file that registers gates or losses")
+    parser.addoption("--kills", type=int, default=0, help="how often tests/test_kills.py kills a run")
+    parser.addoption("--mutations", type=int, default=40, help="how often tests/test_fuzz.py breaks a file")
+
+
+def pytest_configure(config):
+    for path in config.getoption("plugin"):
+        load_plugin(path)
+
+
 settings.register_profile("short", max_examples=60, deadline=None)
 settings.register_profile("long", max_examples=5000, deadline=None)
 settings.load_profile("short")
 
+
+# -----------------------------------------------------------------------------
+# running the scripts
+
 # The smallest run that still does everything.
-TINY = dict(dataset="tiny", n_layer=3, n_head=2, n_embd=16, block_size=16, controlled="[1,2]", cheap_rank=4, g1_hidden=8, latent=4,
-            max_iters=6, warmup_iters=2, batch_size=4, backbone_iters=4, backbone_batch_size=4, eval_interval=2, eval_iters=2,
-            final_eval_iters=8, log_interval=1, threads=1, device="cpu", dtype="float32")
+TINY = dict(dataset="tiny", n_layer=3, n_head=2, n_embd=16, block_size=16, controlled="[1,2]", cheap_rank=4,
+            g1_hidden=8, latent=4, max_iters=6, warmup_iters=2, batch_size=4, backbone_iters=4,
+            backbone_batch_size=4, eval_interval=2, eval_iters=2, final_eval_iters=8, log_interval=1,
+            threads=1, device="cpu", dtype="float32")
 
 
 def tiny(*words):
@@ -41,26 +66,42 @@ def recipe(name):
     return str(HERE / "config" / f"{name}.py")
 
 
+MODULES = {"study": "study.__main__", "audit": "study.audit"}  # the others are files
+
+
+def main_of(script):
+    """The main() of a script: train, sample, ..."""
+    return importlib.import_module(MODULES.get(script, script)).main
+
+
 def go(script, *words):
     """Run a script's main() in this process -> what it printed."""
-    argv, sys.argv = sys.argv, [f"{script}.py", *words]
+    main, argv = main_of(script), sys.argv
+    sys.argv = [f"{script}.py", *map(str, words)]
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            importlib.import_module(script).main()
+            main()
     finally:
         sys.argv = argv
     return out.getvalue()
 
 
-def start(*command, **options):
+def script_words(script):
+    """What follows `python` on the command line of a script."""
+    return ["-m", "study"] if script == "study" else [HERE / f"{script}.py"]
+
+
+def start(*command, env=None, **options):
     """Start `python command...` -> a Popen whose stdout and stderr are text pipes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **options.pop("env", {})}
-    return subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=environment, **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **(env or {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    words = [sys.executable, *map(str, command)]
+    return subprocess.Popen(words, text=True, env=environment, **(pipes | options))
 
 
 def finish(process, timeout=120):
-    """Wait for a process -> (exit code, stdout, stderr); one that takes too long is ended, with its children if it is torchrun."""
+    """Wait for a process -> (exit code, stdout, stderr); one that takes too long is ended, with its children
+    if it is torchrun."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -71,6 +112,9 @@ def finish(process, timeout=120):
         raise
     return process.returncode, out, err
 
+
+# -----------------------------------------------------------------------------
+# reading what a run left
 
 def snapshot(folder=".", times=False):
     """{path: what is there} of every file and folder, but for locks, which are no output."""
@@ -89,12 +133,22 @@ def log_of(run):
     return [{k: v for k, v in r.items() if k not in ("tokens_per_s", "seconds")} for r in records]
 
 
-def losses_of(run, key="lm_loss"):
-    return {r["step"]: r[key] for r in log_of(run) if key in r}
+def steps_of(run):
+    """The records of training steps; the others are of evaluations."""
+    return [r for r in log_of(run) if "losses" in r]
+
+
+def losses_of(run, name="lm"):
+    """{step: that loss}."""
+    return {r["step"]: r["losses"][name] for r in steps_of(run) if name in r["losses"]}
 
 
 def summary_of(run):
     return json.loads((Path(run) / "summary.json").read_text())
+
+
+def config_of(run):
+    return json.loads((Path(run) / "config.json").read_text())
 
 
 def checkpoint_of(run):
@@ -114,9 +168,13 @@ def same(a, b):
 
 def same_run(a, b):
     """Two runs logged the same numbers and ended with the same weights, optimizer state and thresholds."""
-    a_end, b_end = ({k: v for k, v in checkpoint_of(r).items() if k in ("model", "optimizers", "evals", "step")} for r in (a, b))
-    return log_of(a) == log_of(b) and same(a_end, b_end)
+    fields = ("model", "optimizers", "evaluations", "budgets", "step")
+    a_end, b_end = checkpoint_of(a), checkpoint_of(b)
+    return log_of(a) == log_of(b) and all(same(a_end[field], b_end[field]) for field in fields)
 
+
+# -----------------------------------------------------------------------------
+# a tiny text
 
 def make_documents(seed, train=80, held_out=6):
     """Short distinct texts, so chosen by their hash that each split of local files gets its number."""
@@ -140,9 +198,13 @@ def documents():
     return make_documents(0)
 
 
+# -----------------------------------------------------------------------------
+# folders to work in
+
 @pytest.fixture(scope="session")
 def templates(tmp_path_factory, documents):
-    """Two folders to copy: `place` with data/tiny and its backbone, `done` with finished runs of both gates too."""
+    """Two folders to copy: `place` with data/tiny and its backbone, `done` with finished runs of both gates
+    too."""
     root = tmp_path_factory.mktemp("templates")
     with contextlib.chdir(root):
         write_jsonl("texts.jsonl", documents)
@@ -180,5 +242,6 @@ def done(templates, tmp_path, monkeypatch):
 def quickstart(tmp_path_factory):
     """`python train.py` in an empty folder, at a few steps -> (the folder, exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("quickstart")
-    words = ["--max_iters=4", "--backbone_iters=4", "--eval_interval=2", "--log_interval=2", "--eval_iters=1", "--final_eval_iters=1"]
+    words = ["--max_iters=4", "--backbone_iters=4", "--eval_interval=2", "--log_interval=2", "--eval_iters=1",
+             "--final_eval_iters=1"]
     return folder, *finish(start(HERE / "train.py", *words, cwd=folder, env={"PYTHONHASHSEED": "1"}))

@@ -1,338 +1,403 @@
 """Gates: which token goes through the full FFN, and what teaches a gate to decide.
 
-To add a gate, write one class here (or in your own file that imports this one) and register it:
+The contract. A gate is one class and one line, in a file of your own (`--plugin=my_gate.py`):
 
-    @register("norm")
-    class NormGate(Gate):
+    @GATES.register("token")
+    class TokenGate(Gate):
         def __init__(self, config, layer):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
+            super().__init__(config, layer)
+            self.score = nn.Embedding(config.vocab_size, 1)
 
-        def forward(self, h, noise):
-            return self.scale * h.float().std(dim=-1), None
+        def forward(self, h, context):
+            return self.score(context.tokens).squeeze(-1), None
 
-The contract:
-- `h` (B, T, D) is the layer's FFN input ln_2(x), detached: a gate never sends a gradient into the backbone.
-- It returns (scores, prediction). Scores are (B, T), higher means that full is worth more; they are made
-  float32. The score of a token depends on that token alone: decoding sees one token at a time.
-- `noise()` gives uniform numbers (B, T) that depend only on (seed, step, layer, row, position), so that a
-  random gate repeats under resume, accumulation, several processes and a KV cache.
-- `prediction` is None, or the predicted outcome (B, T, 2, d) of [full, cheap]. A gate that predicts says
-  `predicts = True`, has `target(full, cheap)`, which returns what to align it with, and gets the JEPA loss.
-- `learned = False` says that no gradient reaches the scores: the route weight is the plain mask.
-- `config` is a model.GPTConfig. The tests run over every registered gate.
+- `h` (B, T, D) is the layer's FFN input ln_2(x), float32 and detached: no gate sends a gradient into the
+  backbone.
+- `context` is whatever else a gate may read: `context.tokens` (B, T), the token ids; `context.start`, the
+  position of the first of them; `context.noise(layer)` (B, T), uniform numbers that repeat under resume,
+  several processes and a KV cache.
+- It returns (scores, prediction). Scores are (B, T): the higher, the more full is worth. A token's score
+  depends on that token alone, because decoding sees one token at a time.
+- `prediction` is None, or the predicted outcomes (B, T, 2, d) of [full, cheap]. A gate that predicts says
+  `predicts = True` and has `target(full, cheap)`, which gives what to align them with: see JEPAGate.
+- `learned = False` says that no gradient reaches the scores.
+- `config` is a model.GPTConfig, `layer` the index of the layer.
 
-After the gates: selection, estimators, losses, labels, in the order in which a training step uses them.
+The tests run over every registered gate: `python -m pytest test_routing.py --plugin=my_gate.py`.
+
+After the gates come the selection, the estimators, the labels and the losses, in the order in which training
+uses them. Estimators, labels and losses have registries of their own and are added in the same way.
 """
 import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-GATES = {}
-ESTIMATORS = ("ste", "ste_norm", "scaled", "hard")
-ORACLES = ("off_policy", "on_policy")
+from configurator import Registry
+
+GATES = Registry("gate")
 
 
-def register(name):
-    def add(cls):
-        GATES[name] = cls
-        return cls
-    return add
+@dataclass
+class Context:
+    """What a gate may read besides h."""
+    tokens: torch.Tensor  # (B, T) int64, the token ids that h stands for
+    row_seeds: torch.Tensor  # (B,) int64
+    start: int = 0  # the position of the first token: above 0 behind a KV cache
+
+    def noise(self, layer):
+        """Uniform numbers (B, T) in [0, 1), a function of row seed, layer and position."""
+        return uniform(self.row_seeds, layer, self.tokens.size(1), self.start)
+
+    def twice(self):
+        """The context of two branches of the same rows, (2B, T)."""
+        return Context(self.tokens.repeat(2, 1), self.row_seeds.repeat(2), self.start)
 
 
 class Gate(nn.Module):
     learned = True
     predicts = False
 
-    def flops(self):
-        """{item: (forward, backward)} per token, for the ledger: here every linear map once, the first without an input
-        gradient, since h is detached."""
-        maps = [2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
-        return {"gate": (sum(maps), 2 * sum(maps) - maps[0])} if maps else {}
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
 
 
 # -----------------------------------------------------------------------------
 # the gates
 
-@register("g1")
+@GATES.register("g1")
 class MLPGate(Gate):
     """G1, the MLP gate: D -> g1_hidden -> 1."""
 
     def __init__(self, config, layer):
-        super().__init__()
+        super().__init__(config, layer)
         self.net = nn.Sequential(nn.Linear(config.n_embd, config.g1_hidden), nn.GELU(),
                                  nn.Linear(config.g1_hidden, 1))
 
-    def forward(self, h, noise):
+    def forward(self, h, context):
         return self.net(h).squeeze(-1), None  # (B, T)
 
 
-@register("g3")
+@GATES.register("g3")
 class JEPAGate(Gate):
-    """G3, the JEPA-guided gate: it predicts, in a small latent space, the outcome of full and of cheap,
-    and scores the token from the two predictions. Latent d; predictor and scorer are 3d wide."""
+    """G3, the JEPA-guided gate. It predicts, in a latent space of d numbers, the outcome of full and of
+    cheap, and scores the token from the two predictions. Predictor and scorer are 3d wide."""
     predicts = True
 
     def __init__(self, config, layer):
-        super().__init__()
+        super().__init__(config, layer)
         d = config.latent
         self.enc = nn.Linear(config.n_embd, d)
         self.action = nn.Parameter(torch.randn(2, d) * 0.02)  # [full, cheap]
         self.predictor = nn.Sequential(nn.Linear(d, 3 * d), nn.GELU(), nn.Linear(3 * d, d))
         self.scorer = nn.Sequential(nn.Linear(3 * d, 3 * d), nn.GELU(), nn.Linear(3 * d, 1))
-        # The fixed target head: seeded by the layer alone, so that every run of every seed aims at the same targets.
-        q, _ = torch.linalg.qr(torch.randn(config.n_embd, d, generator=torch.Generator().manual_seed(4228 + layer)))
-        self.register_buffer("head", q)  # (D, d), orthonormal columns
+        # The fixed target head is seeded by the layer alone: every run of every seed has the same targets.
+        generator = torch.Generator().manual_seed(4228 + layer)
+        orthonormal, _ = torch.linalg.qr(torch.randn(config.n_embd, d, generator=generator))
+        self.register_buffer("target_head", orthonormal)  # (D, d)
 
-    def forward(self, h, noise):
+    def forward(self, h, context):
         z = self.enc(h)  # (B, T, d)
         prediction = self.predictor(z.unsqueeze(2) + self.action)  # (B, T, 2, d)
         full, cheap = prediction.unbind(2)
-        return self.scorer(torch.cat([full, cheap, full - cheap], -1)).squeeze(-1), prediction
+        scores = self.scorer(torch.cat([full, cheap, full - cheap], -1)).squeeze(-1)
+        return scores, prediction
 
     @torch.no_grad()
     def target(self, full, cheap):
         """FFN outputs (B, T, D) twice -> targets (B, T, 2, d), float32; all zero where the output is zero."""
-        out = torch.stack([full, cheap], dim=2).float()  # (B, T, 2, D)
-        rms = out.square().mean(-1, keepdim=True).sqrt()
-        with torch.autocast(out.device.type, enabled=False):
-            return (out / rms.clamp_min(1e-12)) @ self.head.float()  # (B, T, 2, d)
-
-    def flops(self):
-        D, d = self.head.shape
-        predictor, scorer = 2 * 12 * d * d, 18 * d * d + 6 * d  # the predictor runs once for each action
-        return {"gate": (2 * D * d + scorer, 2 * D * d + 2 * scorer), "predictor": (predictor, 2 * predictor),
-                "target_head": (4 * D * d, 0.0)}
+        outcomes = torch.stack([full, cheap], dim=2).float()  # (B, T, 2, D)
+        rms = outcomes.square().mean(-1, keepdim=True).sqrt()
+        with torch.autocast(outcomes.device.type, enabled=False):
+            return (outcomes / rms.clamp_min(1e-12)) @ self.target_head.float()  # (B, T, 2, d)
 
 
-@register("linear")
+@GATES.register("linear")
 class LinearGate(Gate):
     """One linear map, as Mixture-of-Depths (Raposo et al., arXiv:2404.02258) routes."""
 
     def __init__(self, config, layer):
-        super().__init__()
+        super().__init__(config, layer)
         self.score = nn.Linear(config.n_embd, 1)
 
-    def forward(self, h, noise):
+    def forward(self, h, context):
         return self.score(h).squeeze(-1), None
 
 
-@register("random")
+@GATES.register("random")
 class RandomGate(Gate):
     """Fresh noise for every token: what a budget is worth with no decision at all."""
     learned = False
 
-    def __init__(self, config, layer):
-        super().__init__()
-
-    def forward(self, h, noise):
-        return noise(), None
+    def forward(self, h, context):
+        return context.noise(self.layer), None
 
 
-@register("static")
+@GATES.register("static")
 class StaticGate(RandomGate):
-    """No gate at all: with share_step = 1, `allocate` makes whole layers full; inside a layer with a broken share
-    the tokens are random. A learned gate has to beat this."""
+    """No gate at all. With share_step = 1 whole layers are full: `metrics.allocate` chooses them. Inside a
+    layer that is full in part the tokens are random. A learned gate has to beat this."""
 
 
 # -----------------------------------------------------------------------------
-# noise, selection, estimators
-
-def uniform(keys, stream, length, start=0):
-    """Uniform numbers (B, length) in [0, 1): a hash of (key, stream, position), the same on every device.
-
-    keys (B,) int64, one per row; stream: an int (the layer). The multiply-xorshift mix is splitmix64's."""
-    position = torch.arange(start, start + length, device=keys.device)
-    offset = ((stream + 1) * 0x14D049BB133111EB + 2 ** 63) % 2 ** 64 - 2 ** 63  # as int64 wraps
-    x = keys[:, None] * 0x1E3779B97F4A7C15 + position * 0x3F58476D1CE4E5B9 + offset
-    for _ in range(2):
-        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9  # (B, length); int64 wraps
-        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
-    return ((x >> 33) & 0xFFFFFF).float() / 2 ** 24
-
+# selection
 
 def full_tokens(budget, length):
-    """k, the number of full tokens in a row: floor(budget * length + 0.5)."""
+    """k, the number of full tokens in a row of `length`."""
     return math.floor(budget * length + 0.5)
 
 
-def split_topk(scores, k):
-    """scores (B, T) -> positions of the k largest (B, k) and of the rest (B, T - k), each in ascending order.
-
-    Exactly k whatever the scores; ties go to the earlier position (hence the stable sort)."""
+def topk_mask(scores, k):
+    """scores (B, T) -> mask (B, T), True at exactly k tokens of each row, the largest. Of equal scores the
+    earlier token is taken."""
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=1).values, order[:, k:].sort(dim=1).values
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :k], True)
 
 
 def threshold_for(scores, budget):
     """The score that a share `budget` of all `scores` lies strictly above; +-inf at budget 0 and 1."""
-    k = full_tokens(budget, scores.numel())
-    if k == 0 or k == scores.numel():
-        return torch.full((), -math.inf if k else math.inf, device=scores.device)
-    below, above = (scores.flatten().kthvalue(scores.numel() - k + i).values for i in (0, 1))
-    middle = below + (above - below) / 2  # on a score itself, rounding would decide when the same context comes again
+    n = scores.numel()
+    k = full_tokens(budget, n)
+    if k == 0:
+        return torch.full((), math.inf, device=scores.device)
+    if k == n:
+        return torch.full((), -math.inf, device=scores.device)
+    below = scores.flatten().kthvalue(n - k).values
+    above = scores.flatten().kthvalue(n - k + 1).values
+    middle = below + (above - below) / 2  # on a score itself, rounding would decide
     return torch.where(middle < above, middle, below)
 
 
-def standardise(x):
-    """Per row (B, T), biased std + 1e-6: rows never mix, so accumulation and several processes agree."""
-    return (x - x.mean(1, keepdim=True)) / (x.std(1, unbiased=False, keepdim=True) + 1e-6)
-
-
-def route_weight(scores, mask, estimator, learned=True):
-    """w (B, T) float32, what the full path is multiplied by. The *estimator* decides what L_LM can teach s:
-    `ste` hard forward, sigmoid gradient, every token; `ste_norm` the same with s standardised over its row;
-    `scaled` (Mixture-of-Depths style) 2 * sigmoid(s) on the selected tokens, forward and backward; `hard` the mask: L_LM
-    teaches nothing, labels alone do."""
-    mask = mask.float()
-    if not learned or estimator == "hard":
-        return mask
-    if estimator == "scaled":
-        return mask * 2 * torch.sigmoid(scores)
-    p = torch.sigmoid(standardise(scores) if estimator == "ste_norm" else scores)
-    return mask + (p - p.detach())  # in this order the forward value is exactly 0 or 1
-
-
-class Route(NamedTuple):
-    """What one controlled layer did in a forward pass; x and h only where the caller asked to keep them."""
-    layer: int
-    scores: torch.Tensor  # (B, T) float32
-    mask: torch.Tensor  # (B, T) bool, True where the token went full
-    prediction: torch.Tensor | None  # (B, T, 2, d)
-    target: torch.Tensor | None  # (B, T, 2, d)
-    x: torch.Tensor | None  # (B, T, D) the residual stream before the FFN
-    h: torch.Tensor | None  # (B, T, D) the FFN's input
+def uniform(row_seeds, stream, length, start=0):
+    """Uniform numbers (B, length) in [0, 1): a hash of (row seed, stream, position), the same on every
+    device. The mix is splitmix64's (Steele, Lea and Flood, 2014); int64 wraps."""
+    position = torch.arange(start, start + length, device=row_seeds.device)
+    offset = ((stream + 1) * 0x14D049BB133111EB + 2 ** 63) % 2 ** 64 - 2 ** 63
+    x = row_seeds[:, None] * 0x1E3779B97F4A7C15 + position * 0x3F58476D1CE4E5B9 + offset  # (B, length)
+    for _ in range(2):
+        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9
+        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
+    return ((x >> 33) & 0xFFFFFF).float() / 2 ** 24
 
 
 # -----------------------------------------------------------------------------
-# losses; each returns one value a row (B,), so that any slicing of the batch gives the same sum
+# estimators: (scores, mask), both (B, T) -> w (B, T) float32, what the full output is multiplied by. They
+# decide what the LM loss can teach the scores. Three flags: `reads_both`, the gradient of w needs the output
+# of the path not taken; `mixes`, w is not 1 on full tokens, so cheap runs there too, with its gradient;
+# `standardises`, the scores are standardised before the sigmoid.
 
-def jepa_loss(prediction, target):
-    """1 - cosine, mean over actions and tokens; an outcome of zero norm (cheap starts at zero) is left out."""
-    seen = target.square().sum(-1) > 0  # (B, T, 2)
-    loss = 1 - F.cosine_similarity(prediction.float(), target, dim=-1)
-    return (loss * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
-
-
-def util_loss(scores, label):
-    """Smooth L1 between the raw scores and the label d, both (B, T)."""
-    return F.smooth_l1_loss(scores, label, reduction="none").mean(1)
+ESTIMATORS = Registry("estimator", reads_both=False, mixes=False, standardises=False)
 
 
-def rank_loss(scores, label, permutation):
-    """Pairs (t, permutation[t]) of a row: mean of |dd| * softplus(-sign(dd) * ds); all (B, T)."""
-    dd = label - label.gather(1, permutation)
+def standardise(x):
+    """Mean 0 and std 1 over each row of (B, T), with the biased std + 1e-6. Rows never mix, so accumulation
+    and several processes agree."""
+    return (x - x.mean(1, keepdim=True)) / (x.std(1, unbiased=False, keepdim=True) + 1e-6)
+
+
+def straight_through(mask, p):
+    """The mask in the forward pass, exactly; the gradient of p in the backward pass."""
+    return mask.float() + (p - p.detach())
+
+
+@ESTIMATORS.register("ste_norm", reads_both=True, standardises=True)
+def ste_norm(scores, mask):
+    """Top-k does not care if all scores of a row move together, and neither does this estimator."""
+    return straight_through(mask, torch.sigmoid(standardise(scores)))
+
+
+@ESTIMATORS.register("ste", reads_both=True)
+def ste(scores, mask):
+    """What most would write first. The scores of a row drift together until the sigmoid is flat: the gate is
+    dead."""
+    return straight_through(mask, torch.sigmoid(scores))
+
+
+@ESTIMATORS.register("scaled", mixes=True)
+def scaled(scores, mask):
+    """Mixture-of-Depths style: the weight acts in the forward pass; only selected tokens teach the gate."""
+    return mask.float() * 2 * torch.sigmoid(scores)
+
+
+@ESTIMATORS.register("hard")
+def hard(scores, mask):
+    """The mask. The LM loss teaches nothing, labels alone do."""
+    return mask.float()
+
+
+# -----------------------------------------------------------------------------
+# what a forward pass leaves
+
+class Route(NamedTuple):
+    """What one controlled layer did. x and h are there for layers that get labels, the target for JEPA."""
+    layer: int
+    scores: torch.Tensor  # (B, T) float32
+    mask: torch.Tensor  # (B, T) bool, True where the token went full
+    prediction: torch.Tensor | None = None  # (B, T, 2, d)
+    target: torch.Tensor | None = None  # (B, T, 2, d)
+    x: torch.Tensor | None = None  # (B, T, D) the residual stream before the FFN
+    h: torch.Tensor | None = None  # (B, T, D) the FFN's input
+
+    def rows(self, index):
+        """The scores, x and h of some rows."""
+        return Route(self.layer, self.scores[index], self.mask[index], x=self.x[index], h=self.h[index])
+
+
+class Label(NamedTuple):
+    """The teaching of one controlled layer, on the rows that got labels."""
+    scores: torch.Tensor  # (b, T) the gate's, with their gradient
+    raw: torch.Tensor  # (b, T) what full saves over cheap, in nats
+    d: torch.Tensor  # (b, T) the same, standardised per row and clamped to +-3
+    permutation: torch.Tensor  # (b, T) int64: token t is paired with token permutation[t]
+
+
+@dataclass
+class Step:
+    """What a training step's forward pass leaves for the labels and the losses."""
+    model: nn.Module
+    config: dict
+    context: Context
+    targets: torch.Tensor  # (B, T) int64, the next tokens
+    x: torch.Tensor | None = None  # (B, T, D) the residual stream after the last layer
+    routes: list = field(default_factory=list)  # of Route
+    labels: list = field(default_factory=list)  # of Label
+    dense: torch.Tensor | None = None  # (B, T, D) the stream of the frozen dense model after its last layer
+
+    def rows(self, index):
+        """What labels need of some rows."""
+        context = Context(self.context.tokens[index], self.context.row_seeds[index])
+        dense = None if self.dense is None else self.dense[index]
+        return Step(self.model, self.config, context, self.targets[index], dense=dense)
+
+
+# -----------------------------------------------------------------------------
+# labels: (step, route) -> raw label (B, T) of the route's layer, in nats: loss(cheap at l) - loss(full at l).
+# `suffix` is the mode in which the layers after l run, for the ledger.
+
+LABELS = Registry("oracle", suffix=None)
+TARGETS = Registry("label_target", needs_dense=False)
+
+
+@LABELS.register("off_policy", suffix="full")
+def off_policy_label(step, route):
+    """The paper's oracle: the layers after l execute full."""
+    return suffix_label(step, route, "full")
+
+
+@LABELS.register("on_policy", suffix="topk")
+def on_policy_label(step, route):
+    """The layers after l run as the current gates route: re-scored and re-routed in each branch."""
+    return suffix_label(step, route, "topk")
+
+
+@TARGETS.register("next")
+def next_token(step):
+    """The label's loss is against the token that came, (B, T): the paper's."""
+    return step.targets
+
+
+@TARGETS.register("dense", needs_dense=True)
+def dense_model(step):
+    """It is against what the frozen model predicts, given by its stream (B, T, D): a function of the context
+    alone, as a gate's score is, without the surprise of the token that came."""
+    return step.dense
+
+
+@torch.no_grad()
+def suffix_label(step, route, mode):
+    """Both branches of the layer run to the end in one batch; the layers before are as executed: route.x."""
+    branches = torch.cat(forced_branches(step.model, route))  # (2B, T, D)
+    x, _ = step.model.run(branches, mode, step.context.twice(), first=route.layer + 1)
+    target = TARGETS[step.config["label_target"]](step)
+    loss_cheap, loss_full = step.model.token_losses(x.chunk(2), target)  # (B, T) each
+    return loss_cheap - loss_full
+
+
+def forced_branches(model, route):
+    """The residual stream (B, T, D) after the route's layer: with every token cheap, and with all full."""
+    block = model.h[route.layer]
+    full, cheap = block.mlp(route.h), block.cheap(route.h)
+    w = block.estimator(route.scores, torch.ones_like(route.mask)).unsqueeze(-1)  # 1, unless it mixes
+    return route.x + cheap, route.x + w * full + (1 - w) * cheap
+
+
+def make_label(step, route):
+    """The Label of a route; step and route hold the same rows."""
+    with torch.no_grad():
+        raw = LABELS[step.config["oracle"]](step, route).float()
+        d = standardise(raw).clamp(-3, 3)
+        permutation = uniform(step.context.row_seeds, -1, raw.size(1)).argsort(1)
+    return Label(route.scores, raw, d, permutation)
+
+
+# -----------------------------------------------------------------------------
+# losses: Step -> a scalar. `weight` is the default of the config key lambda_<name>. `needs` says when a loss
+# applies: stream (always), dense (there is a frozen model), scores (a learned gate), labels (for its scores),
+# outcomes (a gate that predicts).
+
+LOSSES = Registry("loss", weight=0.0, needs="scores")
+
+
+@LOSSES.register("lm", weight=1.0, needs="stream")
+def lm_loss(step):
+    """Cross entropy with the next token."""
+    return step.model.lm_loss(step.x, step.targets)
+
+
+@LOSSES.register("distill", needs="dense")
+def distill_loss(step):
+    """KL(dense || routed), mean over tokens: be the model that was frozen, for less."""
+    return step.model.distill_loss(step.x, step.dense)
+
+
+@LOSSES.register("jepa", weight=1.0, needs="outcomes")
+def jepa_loss(step):
+    """1 - cosine of predicted and real outcomes, mean over actions, tokens and layers."""
+    return sum(alignment(r.prediction, r.target).mean() for r in step.routes) / len(step.routes)
+
+
+def alignment(prediction, target):
+    """(B, T, 2, d) twice -> (B,). An outcome of zero norm is left out: cheap starts at zero."""
+    present = target.square().sum(-1) > 0  # (B, T, 2)
+    distance = 1 - F.cosine_similarity(prediction.float(), target, dim=-1)
+    return (distance * present).sum((1, 2)) / present.sum((1, 2)).clamp_min(1)
+
+
+@LOSSES.register("util", weight=1.0, needs="labels")
+def util_loss(step):
+    """Regression of the raw scores on the label d: smooth L1."""
+    distances = [F.smooth_l1_loss(l.scores, l.d, reduction="none").mean(1).mean() for l in step.labels]
+    return sum(distances) / len(distances)
+
+
+@LOSSES.register("rank", weight=1.0, needs="labels")
+def rank_loss(step):
+    """Pairs of tokens should be ordered as their labels are."""
+    return sum(pairwise(l.scores, l.d, l.permutation).mean() for l in step.labels) / len(step.labels)
+
+
+def pairwise(scores, d, permutation):
+    """|dd| * softplus(-sign(dd) * ds) over the pairs (t, permutation[t]): all (B, T) -> (B,)."""
+    dd = d - d.gather(1, permutation)
     ds = scores - scores.gather(1, permutation)
     return (dd.abs() * F.softplus(-dd.sign() * ds)).mean(1)
 
 
-# -----------------------------------------------------------------------------
-# labels
-
-@torch.no_grad()
-def forced_branches(model, route):
-    """The residual stream after layer `route.layer` with every token cheap, and with every token full."""
-    block = model.h[route.layer]
-    full, cheap = block.mlp(route.h), block.cheap(route.h)
-    w = 1.0
-    if model.config.estimator == "scaled" and block.gate.learned:
-        w = 2 * torch.sigmoid(route.scores).unsqueeze(-1)
-    return route.x + cheap, route.x + w * full + (1 - w) * cheap
+@LOSSES.register("anchor")
+def anchor_loss(step):
+    """The square of a row's mean score: it holds the scores of `ste` where the sigmoid has a slope."""
+    return sum(r.scores.mean(1).square().mean() for r in step.routes) / len(step.routes)
 
 
-@torch.no_grad()
-def oracle_labels(model, route, targets, keys, oracle):
-    """CE(cheap at l for all tokens) - CE(full at l for all tokens), per token (B, T) float32, raw.
-
-    The layers before l are as executed (route.x is reused). The layers after l run, both branches in one
-    batch, all full (`off_policy`, the paper's) or as the current gates route each branch (`on_policy`)."""
-    cheap, full = forced_branches(model, route)
-    x = model.blocks(torch.cat([cheap, full]), "full" if oracle == "off_policy" else "topk",
-                     keys=keys.repeat(2), first=route.layer + 1)[0]
-    losses = model.token_losses(x, targets.repeat(2, 1))  # (2B, T)
-    return losses[:len(targets)] - losses[len(targets):]
-
-
-def label(raw):
-    """d: the raw label standardised per row and clamped to +-3."""
-    return standardise(raw).clamp(-3, 3)
-
-
-@torch.no_grad()
-def exact_labels(model, idx, targets, keys, layer, positions, suffix="topk"):
-    """What flipping one token at layer l does, the other tokens at l as routed: for audits, expensive.
-
-    positions: list of P ints. Returns (B, P, 2): CE(cheap) - CE(full) of the token itself, and summed over
-    it and all later tokens. suffix: how the layers after l run, `topk` (re-routed) or `full`."""
-    x, routes = model.blocks(model.embed(idx), "topk", keys=keys, last=layer, keep={layer})
-    cheap, full = forced_branches(model, routes[-1])
-    out = []
-    for t in positions:
-        branches = []
-        for forced in (cheap, full):
-            flipped = x.clone()
-            flipped[:, t] = forced[:, t].to(x.dtype)
-            branches.append(flipped)
-        after = model.blocks(torch.cat(branches), suffix, keys=keys.repeat(2), first=layer + 1)[0]
-        losses = model.token_losses(after, targets.repeat(2, 1))
-        delta = losses[:len(idx)] - losses[len(idx):]  # (B, T)
-        out.append(torch.stack([delta[:, t], delta[:, t:].sum(1)], -1))
-    return torch.stack(out, 1)  # (B, P, 2)
-
-
-@torch.no_grad()
-def allocate(model, idx, targets, keys, budget, step):
-    """Hand out budget * (number of controlled layers) in portions of `step`, each to the layer where it lowers the loss
-    on this training text most; a layer holds 1 at most. Sets every layer's share of full tokens and returns them."""
-    blocks = [model.h[i] for i in model.config.controlled]
-    for block in blocks:
-        block.budget = 0.0
-    left = budget * len(blocks)
-    while left > 1e-9:
-        losses = {}
-        for block in (b for b in blocks if b.budget < 1):
-            before, block.budget = block.budget, min(1.0, block.budget + min(step, left))
-            losses[block] = model.token_losses(model.blocks(model.embed(idx), "topk", keys)[0], targets).mean().item()
-            block.budget = before
-        best = min(losses, key=losses.get)
-        portion = min(step, left, 1 - best.budget)
-        best.budget += portion
-        left -= portion
-    return [block.budget for block in blocks]
-
-
-# -----------------------------------------------------------------------------
-# measurements
-
-def rank_correlation(a, b):
-    """Spearman's rho per row, averaged: a, b (B, T) -> float."""
-    a, b = (standardise(v.argsort(1).argsort(1).float()) for v in (a, b))
-    return (a * b).mean().item()
-
-
-@torch.no_grad()
-def predictor_health(prediction, target):
-    """Is G3's predictor alive? prediction, target (N, 2, d) -> dict. R^2 is on unit vectors, against the mean
-    target of each action and against the action-blind prediction (the mean of both predictions).
-    Collapsed: R^2 over action-blind <= 0, or the effective rank (exp of the spectrum's entropy) < 2."""
-    prediction = prediction.float()
-    unit, aim = F.normalize(prediction, dim=-1), F.normalize(target, dim=-1)
-    seen = (target.square().sum(-1, keepdim=True) > 0).float()  # (N, 2, 1)
-    error = ((unit - aim).square() * seen).sum()
-    mean = (aim * seen).sum(0) / seen.sum(0).clamp_min(1)
-    blind = F.normalize(prediction.mean(1, keepdim=True), dim=-1)
-    flat = prediction.flatten(0, 1)
-    spectrum = torch.linalg.svdvals(flat - flat.mean(0)).square()
-    spectrum = spectrum / spectrum.sum().clamp_min(1e-20)
-    health = {
-        "std": flat.std(0).mean().item(),
-        "effective_rank": torch.exp(-(spectrum * spectrum.clamp_min(1e-20).log()).sum()).item(),
-        "cosine_full_cheap": F.cosine_similarity(prediction[:, 0], prediction[:, 1], dim=-1).mean().item(),
-        "r2_mean": 1 - (error / ((aim - mean).square() * seen).sum().clamp_min(1e-20)).item(),
-        "r2_action_blind": 1 - (error / ((aim - blind).square() * seen).sum().clamp_min(1e-20)).item(),
-    }
-    health["collapsed"] = health["r2_action_blind"] <= 0 or health["effective_rank"] < 2
-    return health
+def active_losses(config):
+    """{name: loss} of a run's config: those with a weight, where the run has what they need."""
+    gate, routed = GATES[config["gate"]], config["mode"] == "topk"
+    scores = routed and gate.learned
+    present = {"stream": True, "dense": config["mode"] != "full", "scores": scores,
+               "labels": scores and config["label_share"] > 0, "outcomes": routed and gate.predicts}
+    weighted = {name: loss for name, loss in LOSSES.items() if config[f"lambda_{name}"] > 0}
+    return {name: loss for name, loss in weighted.items() if present[loss.needs]}

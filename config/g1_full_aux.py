@@ -1,7 +1,6 @@
 # The paper's G1 with its standard losses: the MLP gate, util and rank from off-policy labels on the whole batch.
 recipe = "g1_full_aux"
 gate = "g1"
-estimator = "ste"
 oracle = "off_policy"
 label_share = 1.0
 lambda_util = 1.0

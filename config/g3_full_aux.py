@@ -1,7 +1,6 @@
 # The paper's G3 with its standard losses: util and rank from off-policy labels on the whole batch, and JEPA.
 recipe = "g3_full_aux"
 gate = "g3"
-estimator = "ste"
 oracle = "off_policy"
 label_share = 1.0
 lambda_util = 1.0

@@ -1,0 +1,141 @@
+"""results/README.md: the map, claims x regimes, from every results/<scale>/runs.jsonl."""
+import glob
+import os
+
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+
+from configurator import ConfigError
+from study.claims import CLAIMS, LENGTH_CLAIM, READINGS, label_gain
+from study.leaderboard import table
+from study.style import WIDTH, save
+from study.tables import group_title, paragraphs, read_groups, write_text
+from study.verdicts import (claim_verdicts, count_verdicts, judge_group, judge_lengths, length_sentence,
+                            listed_of, rows_of, seeds_of, sentence, verdict_of)
+
+COLOURS = {"agree": "#009E73", "disagree": "#D55E00", "mixed": "#E69F00", "undecided": "0.85",
+           "not run": "white"}
+GATE_COLOURS = {"g1": "#0072B2", "g3": "#D55E00"}
+HEADING = """# The map: where the claims hold
+
+Each column is a regime: runs that may be compared. Each row is a claim under one reading of the estimator. A
+cell says agree, disagree, mixed or undecided by the rule that stands in every folder's README.md, with the
+number of seeds in brackets and, below, how many of its contrasts say what. Every cell is made from
+`results/*/runs.jsonl`."""
+
+
+def write_map(results):
+    """Make <results>/README.md and its pictures; notes.md beside it is written by hand and included."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(results), "*", "runs.jsonl")))
+    by_folder = {os.path.dirname(path): read_groups(os.path.dirname(path)) for path in paths}
+    groups = [group for groups in by_folder.values() for group in groups]
+    if not groups:
+        raise ConfigError(f"no folder in {results} holds a runs.jsonl with runs; run python -m study "
+                          f"--report={os.path.join(results, 'tiny')} first")
+    judged = [judge_group(group) for group in groups]
+    titles = [f"`{group.key['scale']}`, {group_title(group)}" for group in groups]
+    rows = [(claim, reading) for claim in CLAIMS for reading in claim.readings]
+    names = [[claim.name, reading] for claim, reading in rows]
+    cells = [[cell_of(claim, reading, of_group) for of_group in judged] for claim, reading in rows]
+    pictures = [save(draw_map(names, titles, cells), results, "map", "The map: claims x regimes"),
+                save(draw_gains(titles, groups), results, "label_gains",
+                     "What labels take off the test loss, one dot a seed: right of 0 they help")]
+    lines = [[*name, *map(cell_text, line)] for name, line in zip(names, cells)]
+    text = [paragraphs(HEADING), *(f"![{caption}]({image})" for image, caption in pictures),
+            table(["claim", "reading", *titles], lines), notes(results), "## Claim by claim"]
+    text += [claim_section(claim, titles, judged) for claim in CLAIMS]
+    text.append(lengths(by_folder))
+    text.append("## Folders\n\n" + "\n".join(folder_line(folder, results) for folder in by_folder))
+    write_text(os.path.join(results, "README.md"), "\n\n".join(piece for piece in text if piece) + "\n")
+    print(f"wrote {os.path.join(results, 'README.md')}")
+
+
+def claim_section(claim, titles, judged):
+    lines = [f"- {title}: {sentence(claim, of_group)}" for title, of_group in zip(titles, judged)
+             if set(claim_verdicts(claim, of_group).values()) != {"not run"}]
+    return "\n".join([f"### {claim.name}. {claim.text}", "", *(lines or ["Not run."])])
+
+
+def cell_of(claim, reading, judged):
+    """(verdict, seeds, counts)"""
+    rows = rows_of(claim, reading, judged)
+    if not rows:
+        return "not run", "", ""
+    return verdict_of(rows), seeds_of(rows), count_verdicts(rows, listed_of(claim, reading))
+
+
+def cell_text(cell):
+    verdict, seeds, counts = cell
+    if verdict == "not run":
+        return "-"
+    return f"**{verdict}** ({seeds})<br>{counts}"
+
+
+def folder_line(folder, results):
+    name = os.path.relpath(folder, results)
+    return f"- [{name}]({name}/README.md): every arm, every seed"
+
+
+def lengths(by_folder):
+    lines = [f"### {LENGTH_CLAIM.name}. {LENGTH_CLAIM.text}", ""]
+    for groups in by_folder.values():
+        compared = judge_lengths(groups)
+        if compared:
+            lines.append(f"- `{groups[0].key['scale']}`: {length_sentence(compared)}")
+    if len(lines) == 2:
+        lines.append("Not run.")
+    return "\n".join(lines)
+
+
+def notes(results):
+    path = os.path.join(results, "notes.md")
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as f:
+        return f.read().strip()
+
+
+def draw_gains(titles, groups):
+    """The gain of off-policy labels in every regime, a panel for each reading."""
+    height = 1.3 + 0.4 * len(groups)
+    figure, axes = plt.subplots(1, len(READINGS), sharey=True, figsize=(WIDTH, height), dpi=80,
+                                layout="constrained")
+    for axis, reading in zip(axes, READINGS):
+        for y, group in enumerate(groups):
+            for gate, marker, shift in (("g1", "o", -0.15), ("g3", "^", 0.15)):
+                gains = [group.value(label_gain(gate, reading), seed, "test_loss") for seed in group.seeds]
+                gains = [gain for gain in gains if gain is not None]
+                axis.plot(gains, [y + shift] * len(gains), marker, ms=4, alpha=0.8, color=GATE_COLOURS[gate])
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_title(reading, fontsize=9)
+        axis.set_xlabel("test LM without labels - with", fontsize=8)
+        axis.set_yticks(range(len(groups)), [title.replace("`", "") for title in titles], fontsize=7)
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    handles = [Line2D([], [], marker=marker, ls="", ms=4, color=GATE_COLOURS[gate], label=gate)
+               for gate, marker in (("g1", "o"), ("g3", "^"))]
+    figure.legend(handles=handles, fontsize=7, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_map(names, titles, cells):
+    """The table as coloured cells; the words stand in them, so that no colour has to be told apart."""
+    width, height = max(5.0, min(WIDTH, 2.4 + 1.7 * len(titles))), 1.2 + 0.24 * len(names)
+    figure, axis = plt.subplots(figsize=(width, height), dpi=80, layout="constrained")
+    for y, line in enumerate(cells):
+        for x, (verdict, seeds, _) in enumerate(line):
+            axis.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=COLOURS[verdict], edgecolor="white"))
+            if seeds:
+                words = f"{verdict} ({seeds})"
+                axis.annotate(words, (x + 0.5, y + 0.5), ha="center", va="center", fontsize=7)
+    axis.set_xlim(0, len(titles))
+    axis.set_ylim(len(names), 0)
+    axis.set_xticks([x + 0.5 for x in range(len(titles))],
+                    [title.replace("`", "").replace(", ", "\n") for title in titles], fontsize=7)
+    axis.xaxis.tick_top()
+    axis.set_yticks([y + 0.5 for y in range(len(names))], [" ".join(name) for name in names], fontsize=7)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return figure

@@ -1,0 +1,242 @@
+"""A results folder's README.md, made from runs.jsonl and from what lies beside it."""
+import os
+
+from configurator import ConfigError
+from metrics import DEAD
+from runs.files import write_whole
+from study import beside, pictures
+from study.claims import CLAIMS, RULE
+from study.leaderboard import OWN_LINE, STEPS, difference_rule, fmt, leaderboard, table
+from study.measures import by_group
+from study.records import read_records
+from study.verdicts import Group, anchor_shares, judge_group, judge_lengths, length_sentence, sentence
+
+COLUMNS = {
+    "test_loss": "Test LM, `threshold`", "val_loss": "Val LM, `threshold`", "gap_closed": "Gap closed, test",
+    "common_gap_closed": "Plain gap closed, test: against `cheap_only` and `full_adapter` for every arm",
+    "test_topk": "Test LM, `topk` (not causal)", "causal_gap": "`threshold` minus `topk` (not causal)",
+    "best_loss": "Best val LM", "average_loss": "Average val LM",
+    "early_average_loss": "Average val LM, first half", "hit_25": "Step of the 25% hit",
+    "hit_50": "Step of the 50% hit", "hit_75": "Step of the 75% hit", "hit_90": "Step of the 90% hit",
+    "cost_to_75": "Cost to target: training FLOPs to 75% of the gap, in dense steps",
+    "common_cost_to_75": "The same to 75% of the plain gap",
+    "train_flops": "Training FLOPs in all, in dense steps", "forward_proxy": "Forward proxy",
+    "train_ratio": "A training step / a dense step", "inference_ratio": "Inference FLOPs / dense",
+    "seconds": "Seconds of training", "realised": "Realised budget, val, `threshold`",
+    "score_gradient": "Median gradient norm of the scores", "slope": "Last mean p (1 - p), lowest layer",
+    "dead": "Gate dead", "label_correlation": "Last rank correlation of scores and labels",
+    "r2_action_blind": "Predictor: R^2 over the action-blind prediction",
+    "effective_rank": "Predictor: effective rank", "collapsed": "Predictor: share of collapsed layers"}
+RATIOS = ("score_gradient", "forward_proxy", "train_ratio", "seconds")  # a claim gives a factor for these
+CONTRAST_HEAD = ["metric", "A", "B", "claimed", "A, each seed", "B, each seed", "A - B", "95% interval",
+                 "mean B / A", "p, Holm", "verdict"]
+
+
+def write_report(folder):
+    """Make folder/README.md and its pictures from folder/runs.jsonl; audit.json, tuning.json and tried.md are
+    included where they are there."""
+    groups = read_groups(folder)
+    if not groups:
+        path = os.path.join(folder, "runs.jsonl")
+        raise ConfigError(f"{path} holds no finished run; run python -m study first")
+    slugs = group_slugs(groups)
+    text = [heading(groups)]
+    for group, slug in zip(groups, slugs):
+        text.append(group_section(group, pictures.write_group(group, folder, slug)))
+    if len(groups) > 1:
+        text.append(length_section(groups, folder))
+    text.append(beside.sections(folder))
+    for group in groups:
+        text.append(every_seed(group))
+    write_text(os.path.join(folder, "README.md"), "\n".join(piece for piece in text if piece))
+    print(f"wrote {os.path.join(folder, 'README.md')} and its pictures")
+
+
+def write_text(path, text):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+    write_whole(path, write)
+
+
+def read_groups(folder):
+    groups = [Group(records) for records in by_group(read_records(folder)).values()]
+    return sorted(groups, key=group_order)
+
+
+def group_order(group):
+    return group.key["scale"], group.key["backbone_seed"], group.max_iters, str(sorted(group.key.items()))
+
+
+def group_slugs(groups):
+    """A name for each group, used in headings and in the names of its pictures."""
+    slugs = []
+    for group in groups:
+        slug = f"{group.max_iters}_steps"
+        if group.key["backbone_seed"]:
+            slug += f"_backbone{group.key['backbone_seed']}"
+        while slug in slugs:
+            slug += "_other"
+        slugs.append(slug)
+    return slugs
+
+
+def group_title(group):
+    title = f"{group.max_iters:,} steps"
+    if group.key["backbone_seed"]:
+        title += f", backbone seed {group.key['backbone_seed']}"
+    return title
+
+
+def paragraphs(text):
+    """Wrapped text, one line a paragraph."""
+    return "\n\n".join(" ".join(piece.split()) for piece in text.split("\n\n"))
+
+
+# -----------------------------------------------------------------------------
+# the sections of a folder
+
+def heading(groups):
+    records = [record for group in groups for record in group.records]
+    scale, hours = groups[0].key["scale"], sum(record["seconds"] for record in records) / 3600
+    machines = sorted({record["machine"] for record in records})
+    command = "python -m study --report_only"
+    if scale != "tiny":
+        command = f"python -m study config/{scale}.py --report_only"
+    lines = [f"# Results at scale `{scale}`", "",
+             f"{len(records)} runs, {hours:.1f} hours of training. Every number of a run is made from "
+             "`runs.jsonl` beside this file, one line a run. To make all tables and pictures again, without "
+             "training anything:", "", f"    {command}", "", f"Machines: {'; '.join(machines)}.", "",
+             "## The rule", "", paragraphs(RULE), ""]
+    return "\n".join(lines)
+
+
+def group_section(group, images):
+    """Leaderboard, verdicts, pictures and score health of runs that may be compared."""
+    key, judged = group.key, judge_group(group)
+    rows = key["batch_size"] * key["gradient_accumulation_steps"]
+    sentences = [f"- {sentence(claim, judged)}" for claim in CLAIMS]
+    links = [f"![{caption}]({name})\n" for name, caption in images]
+    lines = [f"## {group_title(group)}", "",
+             f"{len(group.records)} runs. A step is {rows} rows of {key['block_size']} tokens, "
+             f"{group.max_iters * rows * key['block_size']:,} tokens a run. Backbone `{key['backbone']}` "
+             f"seed {key['backbone_seed']} (identity {key['identity']}), training text {key['data']}, cheap "
+             f"rank {key['cheap_rank']}, controlled layers {key['controlled']}.", "", "### Leaderboard", "",
+             leaderboard(group), difference_rule(group), OWN_LINE, "### Claim by claim", "", *sentences,
+             *anchor_lines(group), "", "### Verdicts", "", verdict_table(group, judged), "### Pictures", "",
+             *links, score_health(group)]
+    return "\n".join(lines)
+
+
+def anchor_lines(group):
+    lines = []
+    for gate in ("g1", "g3"):
+        shares = anchor_shares(group, gate)
+        if shares:
+            values = ", ".join(f"{share:.0%}" for share in shares.values())
+            seeds = ", ".join(map(str, shares))
+            lines.append(f"- H4, the number: of what labels gain under `ste`, the anchor alone gives "
+                         f"{values} "
+                         f"for {gate} (seeds {seeds}).")
+    return lines
+
+
+def verdict_table(group, judged):
+    rows = []
+    for (topic, reading), contrasts in judged.items():
+        for row in contrasts:
+            rows.append([topic, reading, *contrast_cells(row, group.max_iters)])
+    return table(["topic", "reading", *CONTRAST_HEAD], rows)
+
+
+def contrast_cells(row, max_iters):
+    metric, a, b, expected = row.contrast
+    claimed = {-1: "A < B", 0: "A = B", 1: "A > B"}[expected]
+    interval, ratio, p = "-", "-", "-"
+    digits = 4
+    if metric in STEPS:
+        digits = 0
+    if row.interval:
+        low, high = row.interval
+        interval = f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+    if metric in RATIOS and sum(row.values_a.values()):
+        ratio = f"{sum(row.values_b.values()) / sum(row.values_a.values()):.2f}"
+    if row.p_holm is not None:
+        p = f"{row.p_holm:.2g}"
+    differences = ", ".join(f"{difference:+.{digits}f}" for difference in row.differences)
+    return [metric, arm_text(a), arm_text(b), claimed, side_text(row.values_a, metric, max_iters),
+            side_text(row.values_b, metric, max_iters), differences, interval, ratio, p, f"**{row.verdict}**"]
+
+
+def arm_text(arm):
+    if isinstance(arm, tuple):
+        return f"({arm[0]} - {arm[1]})"
+    return arm
+
+
+def side_text(values, metric, max_iters):
+    """Each seed's value; in a difference a hit that never came is one at twice the steps."""
+    texts = []
+    for _, number in sorted(values.items()):
+        if metric.startswith("hit_") and number > max_iters:
+            number = None
+        texts.append(fmt(number, metric))
+    return ", ".join(texts)
+
+
+def score_health(group):
+    """Which gates died, said plainly; then the numbers."""
+    lines, rows = [], []
+    for arm, by_seed in group.arms.items():
+        for seed, record in sorted(by_seed.items()):
+            if record["dead_layers"]:
+                layers = ", ".join(map(str, record["dead_layers"]))
+                lines.append(f"- `{arm}` seed {seed}: dead in layers {layers}.")
+            logged = record["logged"]
+            if "slope" in logged:
+                rows.append([arm, seed, *(f"{logged[name][-1]:+.2f}" for name in ("score_mean", "score_std")),
+                             *(f"{slope:.3f}" for slope in logged["slope"][-1])])
+    if not rows:
+        return ""
+    if not lines:
+        lines = ["No gate died."]
+    layers = [f"p (1 - p), layer {layer}" for layer in group.key["controlled"]]
+    return "\n".join(["### Score health", "",
+                      f"A gate is dead where the mean of p (1 - p) is under {DEAD}: its sigmoid is flat, and "
+                      "the LM loss teaches it nothing any more.", "", *lines, "",
+                      "At the last logged step:", "",
+                      table(["arm", "seed", "mean score", "std of scores", *layers], rows)])
+
+
+def length_section(groups, folder):
+    """H5, the one place where groups meet."""
+    compared = judge_lengths(groups)
+    lines = ["## H5: what labels gain, against length", "",
+             "Groups that are alike in all but their steps, paired by seed. A is the gain in the shorter "
+             "runs, B in the longer.", "", f"- {length_sentence(compared)}", ""]
+    if compared:
+        rows = [[f"{shorter.max_iters:,}", f"{longer.max_iters:,}", *contrast_cells(row, longer.max_iters)]
+                for shorter, longer, row in compared]
+        lines.append(table(["shorter", "longer", *CONTRAST_HEAD], rows))
+    image = pictures.write_lengths(groups, folder)
+    if image:
+        lines.append("![{1}]({0})\n".format(*image))
+    return "\n".join(lines)
+
+
+def every_seed(group):
+    lines = [f"## Every arm, every seed: {group_title(group)}", ""]
+    for metric, title in COLUMNS.items():
+        rows = []
+        for arm, by_seed in group.measured.items():
+            if any(metric in measures for measures in by_seed.values()):
+                rows.append([arm, *(cell(by_seed.get(seed, {}), metric) for seed in group.seeds)])
+        if rows:
+            lines += [f"### {title}", "", table(["arm", *(f"seed {seed}" for seed in group.seeds)], rows)]
+    return "\n".join(lines)
+
+
+def cell(measures, metric):
+    if metric not in measures:
+        return "-"
+    return fmt(measures[metric], metric)
