@@ -2,7 +2,7 @@
 their own.
 
     python -m pytest                                          everything, minutes
-    python -m pytest --plugin=my_gate.py test_routing.py      the contract's tests over that file's entries too
+    python -m pytest --plugin=my_gate.py test_routing.py    the contract's tests over that file's entries too
     python -m pytest --hypothesis-profile=long                fuzz for longer
     python -m pytest tests/test_fuzz.py --mutations=1000      break more records and checkpoints
     python -m pytest tests/test_kills.py --kills=100          kill runs at random moments

@@ -4,7 +4,7 @@
     python train.py config/g3_full_aux.py --seed=2           a recipe
     python train.py config/paper.py config/g3_full_aux.py    the same at another scale (name the scale first)
     python train.py config/best.py --eval_only --budget=0.25    a finished run, calibrated at another budget
-    python train.py config/g1_no_utilrank.py --plugin=my_gate.py --gate=mine --recipe=mine    your own gate
+    python train.py config/g1_no_utilrank.py --plugin=my_gate.py --gate=my_gate    your own gate
     torchrun --standalone --nproc_per_node=2 train.py ...    several processes, the same global batch
 
 A run writes out/<scale>/<recipe>/seed<k>/. The same command resumes an interrupted run and leaves a finished

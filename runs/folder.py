@@ -98,7 +98,8 @@ def read_run(folder, name="ckpt.pt"):
         changed = differences(beside, config) or differences(config, beside)
         if changed:
             raise ConfigError(f"{path} is of another run than config.json beside it: "
-                              f"{', '.join(changed[:4])}; put its own back, or start that run again with --overwrite")
+                              f"{', '.join(changed[:4])}; put its own back, or start that run again with "
+                              "--overwrite")
     return checkpoint
 
 
@@ -141,8 +142,8 @@ def clear(folder, record):
     if held is not None and not replaceable(held, record):
         other = f"mode {held.get('mode')!r} and recipe {held.get('recipe')!r}"
         raise ConfigError(f"{folder} holds a run with {other}, not {record['mode']!r} and "
-                          f"{record['recipe']!r}: --overwrite does not replace it; choose another --out_dir, or delete that folder "
-                          "yourself")
+                          f"{record['recipe']!r}: --overwrite does not replace it; choose another --out_dir, "
+                          "or delete that folder yourself")
     names = ("summary.json", "ckpt.pt", "ckpt-*.pt", "log.jsonl", "config.json")
     paths = [path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name))]
     for path in paths:

@@ -212,8 +212,8 @@ class Run:
         """Raises ConfigError where a loss is no number; the last good checkpoint stays."""
         for name, loss in losses.items():
             if not math.isfinite(loss):
-                raise ConfigError(f"the {name} loss is {float(loss)} at step {step}; the last good checkpoint "
-                                  f"in {self.folder} is kept. Give a lower --learning_rate or --gate_lr, and "
+                raise ConfigError(f"the {name} loss is {float(loss)} at step {step}; the last good checkpoint in "
+                                  f"{self.folder} is kept. Give a lower --learning_rate or --gate_lr, and "
                                   "--overwrite to start again")
 
     def check_unseen(self):
@@ -329,7 +329,7 @@ class Run:
         model, config, machine = self.model, self.config, self.machine
         final = {split: eval_batch(self.data[split], config, config["final_eval_iters"])
                  for split in ("val", "test") if split in self.data}
-        results = {split: metrics.evaluate_modes(model, config, machine, batch) for split, batch in final.items()}
+        results = {split: metrics.evaluate_modes(model, config, machine, rows) for split, rows in final.items()}
         curves = {mode: [e[mode] for e in self.evaluations] for mode in results["val"][0]}
         flops = metrics.ledger(model, config)
         summary = {
@@ -361,8 +361,8 @@ class Run:
         run."""
         cheap, dense = self.reference("cheap_only"), self.reference("full_adapter")
         if not cheap or not dense:
-            return {"gap_closed": "unknown: cheap_only and full_adapter of this seed, backbone, data and length are "
-                                  "not finished yet"}
+            return {"gap_closed": "unknown: cheap_only and full_adapter of this seed, backbone, data and length "
+                                  "are not finished yet"}
         floor, top = (metrics.causal(reference["val_loss"]) for reference in (cheap, dense))
         gap = metrics.gap_closed(metrics.causal(summary["val_loss"]), floor, top)
         # The curves are over fewer rows than the final loss, so the references are taken on those rows too.
@@ -372,13 +372,14 @@ class Run:
         return {"gap_closed": gap, "steps_to_75": hit, "cost_to_75": cost}
 
     def reference(self, recipe):
-        """The summary of this seed's finished reference beside this run that may be compared with it; or None.
-        It is trained like the run: by distillation, by Muon."""
+        """The summary of this seed's finished reference beside this run, trained as it is (by distillation,
+        by Muon); None where there is none that may be compared with it."""
         if self.config["lambda_distill"]:
             recipe += "_distill"
         if self.config["muon_lr"]:
             recipe += "_muon"
-        folder = os.path.join(os.path.dirname(os.path.dirname(self.folder)), recipe, f"seed{self.config['seed']}")
+        beside = os.path.dirname(os.path.dirname(self.folder))
+        folder = os.path.join(beside, recipe, f"seed{self.config['seed']}")
         with suppress(ConfigError):  # a broken reference is a missing one
             held, finished = read_config(folder), read_summary(folder)
             if held and finished and all(held.get(key) == self.record[key] for key in COMPARABLE_KEYS):

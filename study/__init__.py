@@ -9,7 +9,7 @@ measures.py  which records may be compared, against which references, and what i
 audit.py     labels against exact flips, the ceiling, one checkpoint at other budgets
 claims.py    the rule and the claims, as contrasts listed beforehand
 verdicts.py  from records to verdicts and their sentences
-tables.py    a results folder's README.md; leaderboard.py, beside.py: its leaderboard, and what lies beside the runs
+tables.py    a results folder's README.md; leaderboard.py and beside.py are two of its sections
 map.py       results/README.md: claims x regimes
 pictures.py  the pictures; lines.py, style.py: those over steps, and how all of them look
 """

@@ -31,8 +31,9 @@ SETS = {
     "paper": [*BASELINES, *PLAIN, *for_both("on_policy"), "g3_no_jepa", "g3_jepa_025", "g3_jepa_2",
               "random_budget25", "static_budget25", *for_both("no_utilrank_budget25", "full_aux_budget25")],
     # is the gate alive, and who teaches it; at half and at a quarter of the tokens
-    "teacher": [*BASELINES, "g1_ste", "g1_ste_anchor", "g1_no_utilrank", "g1_ste_full_aux", "g1_ste_anchor_full_aux",
-                "g1_full_aux", "g1_distill", "old_best", "g1_scaled_distill_dense", "g1_distill_dense",
+    "teacher": [*BASELINES, "g1_ste", "g1_ste_anchor", "g1_no_utilrank", "g1_ste_full_aux",
+                "g1_ste_anchor_full_aux", "g1_full_aux", "g1_distill", "old_best", "g1_scaled_distill_dense",
+                "g1_distill_dense",
                 "g3_distill_dense", "best_adamw", "best", "g3_best", "static_distill", "static_distill_muon",
                 "random_distill_muon", "best_budget25", "g1_distill_dense_budget25", "old_best_budget25",
                 "g1_full_aux_budget25", "static_budget25", "static_distill_muon_budget25"],

@@ -136,7 +136,8 @@ def list_contrasts():
     listed["quarter", "ste_norm"] = [
         Contrast("test_loss", "g3_full_aux_budget25", "g1_full_aux_budget25", 1),
         Contrast("early_average_loss", "g3_full_aux_budget25", "g1_full_aux_budget25", 1)]
-    distilled = ("g1_distill", "g3_distill", "g1_distill_dense", "g3_distill_dense", "g1_scaled_distill_dense")
+    distilled = ("g1_distill", "g3_distill", "g1_distill_dense", "g3_distill_dense",
+                 "g1_scaled_distill_dense")
     quarter = ("g1_no_utilrank", "g3_no_utilrank", "g1_full_aux", "g3_full_aux", "old_best")
     listed["static", DISTILLED] = [Contrast("test_loss", arm, "static_distill", -1) for arm in distilled]
     listed["static", DISTILLED] += [Contrast("test_loss", arm, "static_distill_muon", -1)
@@ -191,5 +192,5 @@ CLAIMS = [
     Claim("H7", "Distillation helps learned gates more than it helps `static`.", ("distillation",), (ANY,))]
 # H5 compares groups with each other (verdicts.judge_lengths): what a pair's second arm gains over its first.
 LENGTH_CLAIM = Claim("H5", "What labels gain shrinks, or turns, with the length of training.", (), (ANY,))
-LENGTH_GAINS = [label_gain("g1", "ste_norm"), label_gain("g3", "ste_norm"), ("g1_no_utilrank", "g1_distill_dense"),
-                ("g3_no_utilrank", "g3_distill_dense")]
+LENGTH_GAINS = [label_gain("g1", "ste_norm"), label_gain("g3", "ste_norm"),
+                ("g1_no_utilrank", "g1_distill_dense"), ("g3_no_utilrank", "g3_distill_dense")]

@@ -67,9 +67,9 @@ def arm_of(record):
 # measures
 
 def measure(record, references, plain=(None, None)):
-    """{metric: number} of a record; references: its (cheap, dense) records, or (None, None); plain: those that
-    every arm has in common. A metric that does not apply is absent. A hit that never came, and its cost, are
-    None: later than any step."""
+    """{metric: number} of a record; references: its (cheap, dense) records, or (None, None); plain: those
+    that every arm has in common. A metric that does not apply is absent. A hit that never came, and its cost,
+    are None: later than any step."""
     flops, group = record["flops"], record["group"]
     curve = [(step, loss) for step, loss, _ in record["evaluations"] if step > 0]
     losses = [loss for _, loss in curve]

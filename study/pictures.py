@@ -73,18 +73,18 @@ def strip_height(arms):
 
 
 def plot_gap(group):
-    arms = arms_by(group, "gap_closed")
+    arms = arms_by(group, "common_gap_closed")
     if not arms:
         return None
     figure, axis = plt.subplots(figsize=(WIDTH * 0.75, strip_height(arms)), dpi=80, layout="constrained")
-    strip(axis, group, arms, "gap_closed")
+    strip(axis, group, arms, "common_gap_closed")
     axis.set_xlabel("gap closed on test: 0 is all cheap, 1 is dense", fontsize=8)
     family_legend(figure, group, arms)
     return figure
 
 
 def plot_hits(group):
-    arms = arms_by(group, "gap_closed")
+    arms = arms_by(group, "common_gap_closed")
     if not arms:
         return None
     figure, axes = plt.subplots(1, len(LEVELS), sharey=True, figsize=(WIDTH, strip_height(arms)), dpi=80,

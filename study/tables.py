@@ -12,14 +12,15 @@ from study.records import read_records
 from study.verdicts import Group, anchor_shares, judge_group, judge_lengths, length_sentence, sentence
 
 COLUMNS = {
-    "test_loss": "Test LM, `threshold`", "val_loss": "Val LM, `threshold`", "gap_closed": "Gap closed, test",
-    "common_gap_closed": "Plain gap closed, test: against `cheap_only` and `full_adapter` for every arm",
+    "test_loss": "Test LM, `threshold`", "val_loss": "Val LM, `threshold`",
+    "gap_closed": "Own gap closed, test: against references with the same losses and optimizer",
+    "common_gap_closed": "Gap closed, test, against `cheap_only` and `full_adapter` for every arm",
     "test_topk": "Test LM, `topk` (not causal)", "causal_gap": "`threshold` minus `topk` (not causal)",
     "best_loss": "Best val LM", "average_loss": "Average val LM",
     "early_average_loss": "Average val LM, first half", "hit_25": "Step of the 25% hit",
     "hit_50": "Step of the 50% hit", "hit_75": "Step of the 75% hit", "hit_90": "Step of the 90% hit",
-    "cost_to_75": "Cost to target: training FLOPs to 75% of the gap, in dense steps",
-    "common_cost_to_75": "The same to 75% of the plain gap",
+    "cost_to_75": "Cost to target: training FLOPs to 75% of the own gap, in dense steps",
+    "common_cost_to_75": "Cost to 75% of the gap of `cheap_only` and `full_adapter`, in dense steps",
     "train_flops": "Training FLOPs in all, in dense steps", "forward_proxy": "Forward proxy",
     "train_ratio": "A training step / a dense step", "inference_ratio": "Inference FLOPs / dense",
     "seconds": "Seconds of training", "realised": "Realised budget, val, `threshold`",

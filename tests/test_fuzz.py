@@ -68,7 +68,8 @@ def test_a_threshold_never_lets_more_through_than_the_budget(s, budget):
         assert above == k
 
 
-@given(gates, estimators, budgets, seeds, st.integers(1, 4), st.integers(1, 24), st.sampled_from(["topk", "threshold"]))
+@given(gates, estimators, budgets, seeds, st.integers(1, 4), st.integers(1, 24),
+       st.sampled_from(["topk", "threshold"]))
 def test_gathered_is_masked(gate, estimator, budget, seed, B, T, mode):
     model = small_model(gate, estimator, budget, seed)
     idx, row_seeds = torch.randint(0, 31, (B, T)), torch.randint(0, 2 ** 60, (B,))
@@ -77,7 +78,7 @@ def test_gathered_is_masked(gate, estimator, budget, seed, B, T, mode):
     a, routes_a = model(idx, mode, row_seeds)
     model.config.execution = "masked"
     b, routes_b = model(idx, mode, row_seeds)
-    if all(torch.equal(x.mask, y.mask) for x, y in zip(routes_a, routes_b)):  # rounding may flip a score on the edge
+    if all(torch.equal(x.mask, y.mask) for x, y in zip(routes_a, routes_b)):  # rounding may flip a score
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     else:
         assert any((x.scores - y.scores).abs().max() < 1e-5 for x, y in zip(routes_a, routes_b))
@@ -116,7 +117,11 @@ VALUES = [None, True, 0, -1, 2 ** 70, 1.5, float("nan"), "", "6", [], [1], {}, {
 
 def every_place(value, path=()):
     """The path of each dict entry and list item inside a value."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
     for key, inner in entries:
         yield (*path, key)
         yield from every_place(inner, (*path, key))
@@ -158,7 +163,8 @@ def damage(file, rng):
         os.truncate(file, rng.randrange(len(content)))
     elif kind == "bytes":
         place = rng.randrange(len(content))
-        file.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1:])
+        changed = content[place] ^ (1 << rng.randrange(8))
+        file.write_bytes(content[:place] + bytes([changed]) + content[place + 1:])
     elif kind == "delete":
         file.unlink()
     elif kind == "swap":
@@ -241,7 +247,8 @@ def interrupt(m):
             go("train", *tiny("--overwrite"))
 
 
-def test_damage_is_refused_in_one_line_or_changes_nothing_that_comes_out(undamaged, tmp_path, monkeypatch, request):
+def test_damage_is_refused_in_one_line_or_changes_nothing_that_comes_out(undamaged, tmp_path, monkeypatch,
+                                                                         request):
     refused = 0
     mutations = request.config.getoption("mutations")
     for number in range(mutations):

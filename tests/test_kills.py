@@ -2,12 +2,12 @@
 
     python -m pytest tests/test_kills.py --kills=100
 
-What is promised. A run that is killed at any moment, as often as may be, is finished by the same command, to the
-same log, weights and optimizer state, to the last bit. The command may change what changes no number: the log
-interval (the log then holds other steps, with the same numbers), whether checkpoints are kept, and the number of
-threads (then the last bits may differ, and the run says so). The backbone belongs to no recipe: while it trains,
-any recipe of the same scale, data and backbone keys goes on with it. A run that a study left is finished by hand,
-and a run by hand is finished by a study.
+What is promised. A run that is killed at any moment, as often as may be, is finished by the same command, to
+the same log, weights and optimizer state, to the last bit. The command may change what changes no number: the
+log interval (the log then holds other steps, with the same numbers), whether checkpoints are kept, and the
+number of threads (then the last bits may differ, and the run says so). The backbone belongs to no recipe: while
+it trains, any recipe of the same scale, data and backbone keys goes on with it. A run that a study left is
+finished by hand, and a run by hand is finished by a study.
 """
 import os
 import random
@@ -22,9 +22,9 @@ import torch
 from configurator import exit_on_error
 from conftest import checkpoint_of, log_of, main_of, recipe, same
 
-SMALL = ["--n_layer=3", "--n_embd=32", "--n_head=2", "--block_size=32", "--controlled=[1,2]", "--batch_size=4",
-         "--max_iters=60", "--backbone_iters=500", "--backbone_batch_size=4", "--eval_interval=5", "--eval_iters=2",
-         "--final_eval_iters=4", "--dtype=float32", "--device=cpu"]
+SMALL = ["--n_layer=3", "--n_embd=32", "--n_head=2", "--block_size=32", "--controlled=[1,2]",
+         "--batch_size=4", "--max_iters=60", "--backbone_iters=500", "--backbone_batch_size=4",
+         "--eval_interval=5", "--eval_iters=2", "--final_eval_iters=4", "--dtype=float32", "--device=cpu"]
 STUDY = ["--seeds=0", "--jobs=1", "--study=study", "--arms=cheap_only,full_adapter,g1_full_aux"]
 ARM = "out/tiny/study/g1_full_aux/seed0"
 BACKBONE = "out/tiny/backbone/seed0"
@@ -52,7 +52,8 @@ def attempt(folder, script, words, life=None):
 
 
 def kill_and_finish(folder, commands, rng, whole, kills):
-    """Kill commands, each time one of them at random, until one finishes; then run the first to its end -> kills."""
+    """Kill commands, each time one of them at random, until one finishes, and run the first to its end.
+    -> how many were killed."""
     killed, out = 0, None
     while out is None:
         script, words = rng.choice(commands)
@@ -128,6 +129,6 @@ def test_killed_runs_finish_with_the_numbers_of_undisturbed_ones(kills, tmp_path
             if plan == "other threads":
                 assert losses_by_step(folder / ARM).keys() == losses_by_step(calm / ARM).keys()
             else:
-                same_backbone = same(checkpoint_of(folder / BACKBONE)["model"], checkpoint_of(calm / BACKBONE)["model"])
-                assert same_backbone, plan
+                backbones = [checkpoint_of(place / BACKBONE)["model"] for place in (folder, calm)]
+                assert same(*backbones), plan
                 check_same_numbers(folder / ARM, calm / ARM, whole_log=plan != "another log interval")

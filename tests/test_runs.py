@@ -15,8 +15,8 @@ import metrics
 import runs.run
 import train
 from configurator import ConfigError, configure
-from conftest import (HERE, checkpoint_of, config_of, finish, go, log_of, losses_of, make_documents, recipe, same,
-                      same_run, snapshot, start, steps_of, summary_of, tiny, write_jsonl)
+from conftest import (HERE, checkpoint_of, config_of, finish, go, log_of, losses_of, make_documents, recipe,
+                      same, same_run, snapshot, start, steps_of, summary_of, tiny, write_jsonl)
 from gates import Context, active_losses
 from prepare import eval_batch
 from runs.files import weights_hash
@@ -153,12 +153,15 @@ KILLS = {
     "an evaluation logged but no checkpoint": "die_at(runs.run, 'write_whole', 2)",
     "half a log line written": "runs.run.open = lambda *a: Halving(open(*a))",
     "before the summary": "die_at(os, 'replace', 1, when=lambda a, b: b.endswith('summary.json'))",
-    "while its backbone trains": "shutil.rmtree('out/tiny/backbone'); die_at(torch.nn.utils, 'clip_grad_norm_', 3)",
+    "while its backbone trains": "shutil.rmtree('out/tiny/backbone'); "
+                                 "die_at(torch.nn.utils, 'clip_grad_norm_', 3)",
 }
 CHILD = """
 import json, os, shutil, signal, sys
 import torch
 import metrics, runs.run, train
+
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a thousand modules at its first use
 from configurator import exit_on_error
 
 def die():
@@ -286,7 +289,8 @@ def test_another_config_in_the_same_place_is_refused_by_key_and_changes_nothing(
     if not finished:
         os.remove(f"{RUN}/summary.json")
     before = snapshot(times=True)
-    with pytest.raises(ConfigError, match=rf"{word[2:].split('=')[0]}\b.*--recipe, --seed or --out_dir.*--overwrite"):
+    key = word[2:].partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{key}\b.*--recipe, --seed or --out_dir.*--overwrite"):
         go("train", *tiny(word))
     assert snapshot(times=True) == before
 
@@ -488,7 +492,8 @@ def check_close(a, b):
 
 
 def test_a_share_of_labels_that_slices_cannot_share_evenly_is_refused(place):
-    words = tiny("--label_share=0.25", f"--backbone={BACKBONE}", "--batch_size=2", "--gradient_accumulation_steps=2")
+    words = tiny("--label_share=0.25", f"--backbone={BACKBONE}", "--batch_size=2",
+                 "--gradient_accumulation_steps=2")
     with pytest.raises(ConfigError, match="label_share=0.25.*2 rows"):
         go("train", *words)
 
@@ -575,8 +580,8 @@ def test_the_backbone_is_trained_once_and_reused(place):
     assert a["identity"] == b["identity"] == summary_of(BACKBONE)["identity"]
 
 
-@pytest.mark.parametrize("change", ["--backbone_iters=5", "--backbone_lr=1e-4", "--backbone_seed=1", "--n_embd=32",
-                                    "--dataset=other"])
+@pytest.mark.parametrize("change", ["--backbone_iters=5", "--backbone_lr=1e-4", "--backbone_seed=1",
+                                    "--n_embd=32", "--dataset=other"])
 def test_another_config_or_text_gets_another_backbone_and_leaves_the_first(change, done):
     write_jsonl("other.jsonl", make_documents(9))
     go("prepare", "--source=other.jsonl", "--name=other", "--tokenizer=bytes")
@@ -767,8 +772,8 @@ def test_every_recipe_trains(name, place):
 
 
 def test_every_recipe_of_controllers_is_here():
-    assert set(CONTROLLERS) >= {"g1_full_aux", "g3_full_aux", "g1_no_utilrank", "g3_no_utilrank", "static", "random",
-                                "cheap_only", "full_adapter", "best", "linear"}
+    assert set(CONTROLLERS) >= {"g1_full_aux", "g3_full_aux", "g1_no_utilrank", "g3_no_utilrank", "static",
+                                "random", "cheap_only", "full_adapter", "best", "linear"}
 
 
 def evaluated(*words):
