@@ -213,6 +213,8 @@ def parse_file(path):
             tree = ast.parse(f.read())
     except OSError as error:
         hint = did_you_mean(os.path.basename(path), os.listdir(os.path.join(HERE, "config")))
+        if "=" in path:
+            hint = f"a key is written --{path}"
         raise ConfigError(f"cannot read the config file {path!r} ({error.strerror}); {hint}") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # ValueError: not UTF-8, or nulls
         raise ConfigError(f"{path} is not a config file ({error}); it takes `key = value` lines") from None
@@ -277,9 +279,16 @@ def parse_value(key, text, default, where):
 def configure(defaults, words):
     """defaults (dict) and command-line words -> the resolved config (dict). Raises ConfigError."""
     config = dict(defaults)
+    recipe = None  # the file that set it
     for word in words:
-        if not word.startswith("--"):
-            config = read_file(word, config, defaults)
+        if word.startswith("--"):
+            continue
+        config = read_file(word, config, defaults)
+        sets_recipe = any(key == "recipe" for _, key, _ in parse_file(word))
+        if recipe and sets_recipe:
+            raise ConfigError(f"{recipe} and {word} are two recipes; name one, and change keys with --key=value")
+        if sets_recipe:
+            recipe = word
     given = set()
     for word in words:
         if not word.startswith("--"):
@@ -288,6 +297,8 @@ def configure(defaults, words):
         if key in given:
             raise ConfigError(f"{word!r}: {key} is given twice; give it once")
         given.add(key)
+        if key == "help":
+            raise ConfigError("there is no --help: every key stands with its meaning at the top of the script")
         if key not in defaults:
             raise ConfigError(f"{word!r}: unknown key {key!r}; {did_you_mean(key, defaults)}")
         value = True

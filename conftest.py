@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from configurator import load_plugin
+from configurator import ConfigError, load_plugin
 from prepare import split_of
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +38,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     for path in config.getoption("plugin"):
-        load_plugin(path)
+        try:
+            load_plugin(path)
+        except ConfigError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 settings.register_profile("short", max_examples=60, deadline=None)

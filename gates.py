@@ -2,7 +2,7 @@
 
 The contract. A gate is one class and one line, in a file of your own (`--plugin=my_gate.py`):
 
-    @GATES.register("token")
+    @GATES.register("my_gate")
     class TokenGate(Gate):
         def __init__(self, config, layer):
             super().__init__(config, layer)
@@ -19,14 +19,16 @@ The contract. A gate is one class and one line, in a file of your own (`--plugin
 - It returns (scores, prediction). Scores are (B, T): the higher, the more full is worth. A token's score
   depends on that token alone, because decoding sees one token at a time.
 - `prediction` is None, or the predicted outcomes (B, T, 2, d) of [full, cheap]. A gate that predicts says
-  `predicts = True` and has `target(full, cheap)`, which gives what to align them with: see JEPAGate.
+  `predicts = True` and has `outcomes(full, cheap)`, the real ones to compare them with: see JEPAGate.
 - `learned = False` says that no gradient reaches the scores.
 - `config` is a model.GPTConfig, `layer` the index of the layer.
 
 The tests run over every registered gate: `python -m pytest test_routing.py --plugin=my_gate.py`.
 
 After the gates come the selection, the estimators, the labels and the losses, in the order in which training
-uses them. Estimators, labels and losses have registries of their own and are added in the same way.
+uses them. They have registries of their own and are added in the same way. An estimator takes (scores, mask) and
+returns w (B, T). A label takes (step, route) and returns (B, T). A loss takes a step and returns a scalar. See
+Step and Route for what they can read.
 """
 import math
 from dataclasses import dataclass, field
@@ -36,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import Registry
+from configurator import ConfigError, Registry
 
 GATES = Registry("gate")
 
@@ -45,7 +47,7 @@ GATES = Registry("gate")
 class Context:
     """What a gate may read besides h."""
     tokens: torch.Tensor  # (B, T) int64, the token ids that h stands for
-    row_seeds: torch.Tensor  # (B,) int64
+    row_seeds: torch.Tensor  # (B,) int64, one a row: noise and the pairs of labels come from it
     start: int = 0  # the position of the first token: above 0 behind a KV cache
 
     def noise(self, layer):
@@ -108,12 +110,12 @@ class JEPAGate(Gate):
         return scores, prediction
 
     @torch.no_grad()
-    def target(self, full, cheap):
-        """FFN outputs (B, T, D) twice -> targets (B, T, 2, d), float32; all zero where the output is zero."""
-        outcomes = torch.stack([full, cheap], dim=2).float()  # (B, T, 2, D)
-        rms = outcomes.square().mean(-1, keepdim=True).sqrt()
-        with torch.autocast(outcomes.device.type, enabled=False):
-            return (outcomes / rms.clamp_min(1e-12)) @ self.target_head.float()  # (B, T, 2, d)
+    def outcomes(self, full, cheap):
+        """FFN outputs (B, T, D) twice -> (B, T, 2, d), float32; all zero where an output is zero."""
+        outputs = torch.stack([full, cheap], dim=2).float()  # (B, T, 2, D)
+        rms = outputs.square().mean(-1, keepdim=True).sqrt()
+        with torch.autocast(outputs.device.type, enabled=False):
+            return (outputs / rms.clamp_min(1e-12)) @ self.target_head.float()  # (B, T, 2, d)
 
 
 @GATES.register("linear")
@@ -139,7 +141,7 @@ class RandomGate(Gate):
 
 @GATES.register("static")
 class StaticGate(RandomGate):
-    """No gate at all. With share_step = 1 whole layers are full: `metrics.allocate` chooses them. Inside a
+    """No gate at all. Its recipe sets share_step = 1, so `metrics.allocate` makes whole layers full. Inside a
     layer that is full in part the tokens are random. A learned gate has to beat this."""
 
 
@@ -168,7 +170,7 @@ def threshold_for(scores, budget):
         return torch.full((), -math.inf, device=scores.device)
     below = scores.flatten().kthvalue(n - k).values
     above = scores.flatten().kthvalue(n - k + 1).values
-    middle = below + (above - below) / 2  # on a score itself, rounding would decide
+    middle = below + (above - below) / 2  # a threshold that equals a score could flip it by rounding
     return torch.where(middle < above, middle, below)
 
 
@@ -186,9 +188,10 @@ def uniform(row_seeds, stream, length, start=0):
 
 # -----------------------------------------------------------------------------
 # estimators: (scores, mask), both (B, T) -> w (B, T) float32, what the full output is multiplied by. They
-# decide what the LM loss can teach the scores. Three flags: `reads_both`, the gradient of w needs the output
-# of the path not taken; `mixes`, w is not 1 on full tokens, so cheap runs there too, with its gradient;
-# `standardises`, the scores are standardised before the sigmoid.
+# decide what the LM loss can teach the scores. Three flags:
+#   reads_both    the gradient of w needs the output of the path not taken
+#   mixes         w is not 1 on full tokens, so cheap runs there too, with its gradient
+#   standardises  the scores are standardised before the sigmoid
 
 ESTIMATORS = Registry("estimator", reads_both=False, mixes=False, standardises=False)
 
@@ -220,7 +223,7 @@ def ste(scores, mask):
 @ESTIMATORS.register("scaled", mixes=True)
 def scaled(scores, mask):
     """Mixture-of-Depths style: the weight acts in the forward pass; only selected tokens teach the gate."""
-    return mask.float() * 2 * torch.sigmoid(scores)
+    return mask.float() * 2 * torch.sigmoid(scores)  # 2: a score of 0 weighs 1
 
 
 @ESTIMATORS.register("hard")
@@ -233,12 +236,12 @@ def hard(scores, mask):
 # what a forward pass leaves
 
 class Route(NamedTuple):
-    """What one controlled layer did. x and h are there for layers that get labels, the target for JEPA."""
+    """What one controlled layer did. x and h are there for layers that get labels, outcomes for JEPA."""
     layer: int
     scores: torch.Tensor  # (B, T) float32
     mask: torch.Tensor  # (B, T) bool, True where the token went full
     prediction: torch.Tensor | None = None  # (B, T, 2, d)
-    target: torch.Tensor | None = None  # (B, T, 2, d)
+    outcomes: torch.Tensor | None = None  # (B, T, 2, d) what was predicted, as it came
     x: torch.Tensor | None = None  # (B, T, D) the residual stream before the FFN
     h: torch.Tensor | None = None  # (B, T, D) the FFN's input
 
@@ -248,7 +251,7 @@ class Route(NamedTuple):
 
 
 class Label(NamedTuple):
-    """The teaching of one controlled layer, on the rows that got labels."""
+    """The labels of one controlled layer, on the rows that got some."""
     scores: torch.Tensor  # (b, T) the gate's, with their gradient
     raw: torch.Tensor  # (b, T) what full saves over cheap, in nats
     d: torch.Tensor  # (b, T) the same, standardised per row and clamped to +-3
@@ -275,8 +278,9 @@ class Step:
 
 
 # -----------------------------------------------------------------------------
-# labels: (step, route) -> raw label (B, T) of the route's layer, in nats: loss(cheap at l) - loss(full at l).
-# `suffix` is the mode in which the layers after l run, for the ledger.
+# labels: (step, route) -> raw label (B, T) of the route's layer l: the larger, the more full is worth there.
+# Those below are in nats, loss(cheap at l) - loss(full at l). The key --oracle picks one. `suffix` is the
+# mode in which the layers after l run: the FLOPs are counted by it.
 
 LABELS = Registry("oracle", suffix=None)
 TARGETS = Registry("label_target", needs_dense=False)
@@ -329,8 +333,10 @@ def make_label(step, route):
     """The Label of a route; step and route hold the same rows."""
     with torch.no_grad():
         raw = LABELS[step.config["oracle"]](step, route).float()
+        if raw.shape != route.scores.shape:
+            raise ConfigError(f"the label {step.config['oracle']!r} must be (B, T), not {tuple(raw.shape)}")
         d = standardise(raw).clamp(-3, 3)
-        permutation = uniform(step.context.row_seeds, -1, raw.size(1)).argsort(1)
+        permutation = uniform(step.context.row_seeds, -1, raw.size(1)).argsort(1)  # -1 is no layer's stream
     return Label(route.scores, raw, d, permutation)
 
 
@@ -357,13 +363,13 @@ def distill_loss(step):
 @LOSSES.register("jepa", weight=1.0, needs="outcomes")
 def jepa_loss(step):
     """1 - cosine of predicted and real outcomes, mean over actions, tokens and layers."""
-    return sum(alignment(r.prediction, r.target).mean() for r in step.routes) / len(step.routes)
+    return sum(alignment(r.prediction, r.outcomes).mean() for r in step.routes) / len(step.routes)
 
 
-def alignment(prediction, target):
+def alignment(prediction, outcomes):
     """(B, T, 2, d) twice -> (B,). An outcome of zero norm is left out: cheap starts at zero."""
-    present = target.square().sum(-1) > 0  # (B, T, 2)
-    distance = 1 - F.cosine_similarity(prediction.float(), target, dim=-1)
+    present = outcomes.square().sum(-1) > 0  # (B, T, 2)
+    distance = 1 - F.cosine_similarity(prediction.float(), outcomes, dim=-1)
     return (distance * present).sum((1, 2)) / present.sum((1, 2)).clamp_min(1)
 
 

@@ -192,8 +192,8 @@ def predictors_health(model, config, machine, batch, rows=16):
     part = batch.rows(slice(rows)).to(machine.device)
     context = Context(part.tokens, part.row_seeds)
     with machine.autocast():
-        _, routes = model.run(model.embed(context), "topk", context, align=True)
-    return {r.layer: predictor_health(r.prediction.flatten(0, 1), r.target.flatten(0, 1)) for r in routes}
+        _, routes = model.run(model.embed(context), "topk", context, want_outcomes=True)
+    return {r.layer: predictor_health(r.prediction.flatten(0, 1), r.outcomes.flatten(0, 1)) for r in routes}
 
 
 # -----------------------------------------------------------------------------

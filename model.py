@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from configurator import ConfigError
 from gates import ESTIMATORS, GATES, Context, Route, full_tokens, threshold_for, topk_mask
 from headloss import head_loss, head_token_losses
 
@@ -99,12 +100,13 @@ class Block(nn.Module):
         if self.controlled:
             self.cheap = FFN(config, config.cheap_rank)
             self.gate = GATES[config.gate](config, layer)
+            # A gate that learns nothing has the mask for its weight.
             self.estimator = ESTIMATORS[config.estimator if self.gate.learned else "hard"]
             self.register_buffer("threshold", torch.tensor(0.0))
 
-    def forward(self, x, mode, context, keep=False, align=False, cache=None):
+    def forward(self, x, mode, context, keep=False, want_outcomes=False, cache=None):
         """x (B, T, D) -> x (B, T, D) and the layer's Route, None where nothing was decided.
-        keep: the Route holds x and h. align: it holds the gate's targets."""
+        keep: the Route holds x and h. want_outcomes: it holds what a predicting gate should predict."""
         x = x + self.attn(self.ln_1(x), cache)
         h = self.ln_2(x)
         if not self.controlled or mode == "full":
@@ -117,42 +119,44 @@ class Block(nn.Module):
         s, prediction = self.score(h, context)  # (B, T)
         m = self.select(s.detach(), mode)  # (B, T)
         w = self.estimator(s, m).unsqueeze(-1)  # (B, T, 1)
-        mix = self.gathered if self.config.execution == "gathered" else self.masked
-        y, target = mix(h, w, m, mode, align and self.gate.predicts)
-        route = Route(self.layer, s, m, prediction, target, x if keep else None, h if keep else None)
+        ffn = self.gathered if self.config.execution == "gathered" else self.masked
+        y, outcomes = ffn(h, w, m, mode, want_outcomes and self.gate.predicts)
+        route = Route(self.layer, s, m, prediction, outcomes, x if keep else None, h if keep else None)
         return x + y, route
 
     def score(self, h, context):
         """Scores (B, T) in float32, whatever the dtype around them, and the gate's prediction or None."""
         with torch.autocast(h.device.type, enabled=False):
-            scores, prediction = self.gate(h.detach().float(), context)
-        return scores.float(), prediction
+            result = self.gate(h.detach().float(), context)
+        if type(result) is not tuple or result[0].shape != h.shape[:2]:
+            raise ConfigError(f"the gate {self.config.gate!r} must return scores (B, T), and a prediction or "
+                              "None")
+        return result[0].float(), result[1]
 
     def select(self, scores, mode):
         if mode == "topk":
             return topk_mask(scores, full_tokens(self.budget, scores.size(1)))
         return scores > self.threshold
 
-    def masked(self, h, w, mask, mode, align):
-        """w * full(h) + (1 - w) * cheap(h), both paths on every token -> (B, T, D), and targets or None."""
+    def masked(self, h, w, mask, mode, want_outcomes):
+        """w * full(h) + (1 - w) * cheap(h), both paths on every token -> (B, T, D), outcomes or None."""
         full, cheap = self.mlp(h), self.cheap(h)  # (B, T, D) each
-        target = self.gate.target(full, cheap) if align else None  # (B, T, 2, d)
-        return w * full + (1 - w) * cheap, target
+        outcomes = self.gate.outcomes(full, cheap) if want_outcomes else None  # (B, T, 2, d)
+        return w * full + (1 - w) * cheap, outcomes
 
-    def gathered(self, h, w, mask, mode, align):
-        """The same, but each path runs only where somebody reads it. On its own tokens that is always so. On
-        the tokens of the other path its weight is 0 and it gets no gradient, so it runs for its value, if at
-        all:
+    def gathered(self, h, w, mask, mode, want_outcomes):
+        """The same result for less. Each path runs on its own tokens. On those of the other path it runs only
+        where this table says so: for its value alone, or with its gradient.
 
                                        full on cheap tokens   cheap on full tokens
             evaluation; `hard`         -                      -
             `ste`, `ste_norm` (train)  value                  value           the gradient of w reads both
             `scaled`                   -                      with gradient   1 - w is not 0 there
-            JEPA's targets             value                  value           the target reads both
+            outcomes (JEPA)            value                  value           they are of both
         """
         mixes = self.estimator.mixes
-        reads_both = align or (self.estimator.reads_both and w.requires_grad)
-        if mask.numel() == 1 and not torch.is_grad_enabled() and not align:
+        reads_both = want_outcomes or (self.estimator.reads_both and w.requires_grad)
+        if mask.numel() == 1 and not torch.is_grad_enabled() and not want_outcomes:
             return self.one_token(h, w, mask), None
         # Full tokens first. Under topk their number n is known, and a GPU need not be waited for.
         order = torch.argsort((~mask).flatten().byte(), stable=True)  # (B * T,)
@@ -160,7 +164,8 @@ class Block(nn.Module):
         h_full, h_cheap = h.flatten(0, 1)[order].tensor_split((n,))  # (n, D) and (B * T - n, D)
         w_full, w_cheap = w.flatten(0, 1)[order].tensor_split((n,))
 
-        y_full, y_cheap = full, cheap = self.mlp(h_full), self.cheap(h_cheap)
+        full, cheap = self.mlp(h_full), self.cheap(h_cheap)
+        y_full, y_cheap = full, cheap
         if mixes or reads_both:
             with torch.set_grad_enabled(mixes and torch.is_grad_enabled()):
                 cheap_on_full = self.cheap(h_full)
@@ -170,13 +175,13 @@ class Block(nn.Module):
                 full_on_cheap = self.mlp(h_cheap)
             y_cheap = w_cheap * full_on_cheap + (1 - w_cheap) * cheap
 
-        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        place = order.argsort()  # back to where each token came from
         y = torch.cat([y_full, y_cheap])[place].view_as(h)  # (B, T, D)
-        if not align:
+        if not want_outcomes:
             return y, None
         full_everywhere = torch.cat([full, full_on_cheap])[place].view_as(h)
         cheap_everywhere = torch.cat([cheap_on_full, cheap])[place].view_as(h)
-        return y, self.gate.target(full_everywhere, cheap_everywhere)
+        return y, self.gate.outcomes(full_everywhere, cheap_everywhere)
 
     def one_token(self, h, w, mask):
         """A token in decoding: there is nothing to gather."""
@@ -218,12 +223,12 @@ class GPT(nn.Module):
         positions = torch.arange(context.start, context.start + tokens.size(1), device=tokens.device)
         return self.wte(tokens).float() + self.wpe(positions)
 
-    def run(self, x, mode, context, first=0, end=None, keep=(), align=False, cache=None):
+    def run(self, x, mode, context, first=0, end=None, keep=(), want_outcomes=False, cache=None):
         """Layers first..end-1 on x (B, T, D) -> x, [the Route of each layer that decided]. The Routes of the
-        layers in `keep` hold x and h; with `align` those of a predicting gate hold its targets."""
+        layers in `keep` hold x and h; with `want_outcomes` those of a predicting gate hold its outcomes."""
         routes = []
         for i in range(first, self.config.n_layer if end is None else end):
-            x, route = self.h[i](x, mode, context, i in keep, align, cache[i] if cache else None)
+            x, route = self.h[i](x, mode, context, i in keep, want_outcomes, cache[i] if cache else None)
             if route is not None:
                 routes.append(route)
         return x, routes

@@ -161,7 +161,12 @@ def write_text(tokens, enc, layers):
         if color:
             print(paint(pieces[-1:], [sum(mask)], layers, True), end="", flush=True)
     depths = [sum(mask) for mask in masks]
-    print("" if color else paint(pieces, depths, layers, False))
+    if color:
+        print()
+    elif layers:
+        print(paint(pieces, depths, layers, False))
+    else:
+        print("".join(pieces))
     if layers:
         print(f"\nfull at {sum(depths) / len(depths):.2f} of {layers} controlled layers a token, on average")
     return pieces, masks

@@ -135,23 +135,23 @@ def test_scores_are_finite_float32_token_local_and_repeat(name, B, T):
 def test_scores_and_stream_are_float32_under_autocast(name, execution):
     model, idx = make(gate=name, execution=execution), tokens(make())
     with torch.autocast("cpu", torch.bfloat16):
-        x, routes = model.run(model.embed(context_of(idx)), "topk", context_of(idx), align=True)
+        x, routes = model.run(model.embed(context_of(idx)), "topk", context_of(idx), want_outcomes=True)
         loss = model.lm_loss(x, idx)
     assert x.dtype == loss.dtype == torch.float32 and len(routes) == 2
     for route in routes:
         assert route.scores.dtype == torch.float32
-        assert all(t is None or t.dtype == torch.float32 for t in (route.prediction, route.target))
+        assert all(t is None or t.dtype == torch.float32 for t in (route.prediction, route.outcomes))
 
 
 @pytest.mark.parametrize("name", GATES)
 def test_scores_and_predictions_teach_their_own_gate_and_nothing_else(name):
     model, idx = make(gate=name), tokens(make())
-    _, routes = model.run(model.embed(context_of(idx)), "topk", context_of(idx), align=True)
+    _, routes = model.run(model.embed(context_of(idx)), "topk", context_of(idx), want_outcomes=True)
     for route in routes:
         own = gate_names(model, route.layer)
         assert reached(model, route.scores.sum()) == (own if GATES[name].learned else set())
         if route.prediction is not None:
-            assert reached(model, route.prediction.sum()) <= own and not route.target.requires_grad
+            assert reached(model, route.prediction.sum()) <= own and not route.outcomes.requires_grad
 
 
 @pytest.mark.parametrize("gate,estimator", PAIRS)
@@ -266,11 +266,11 @@ def outcome(model, execution, idx, mode, dtype):
     context, named = context_of(idx), dict(model.named_parameters())
     x0 = model.embed(context).detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        x, routes = model.run(x0, mode, context, align=True)
+        x, routes = model.run(x0, mode, context, want_outcomes=True)
     total = (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(9))).sum()
     for route in routes:
         if route.prediction is not None:
-            total = total + (route.prediction * route.target).sum()
+            total = total + (route.prediction * route.outcomes).sum()
     grads = torch.autograd.grad(total, [x0, *named.values()], allow_unused=True)
     modules = {"x": [grads[0].flatten()]}
     for (name, p), grad in zip(named.items(), grads[1:]):
@@ -295,8 +295,8 @@ def test_gathered_equals_masked_in_outputs_and_gradients(gate, estimator, dtype)
             assert len(ra) == len(layers)
             for p, q, r in zip(ra, rb, rc):
                 assert torch.equal(p.mask, q.mask)
-                if p.target is not None:
-                    same(p.target, q.target, tol)
+                if p.outcomes is not None:
+                    same(p.outcomes, q.outcomes, tol)
                 if dtype == torch.float32:
                     assert torch.equal(p.mask, r.mask)
             same(a, b, tol)

@@ -1,10 +1,10 @@
-"""Train a backbone, or the controllers of a frozen one. The method is in this file, top to bottom.
+"""Train a backbone, or the controllers of a frozen one: one training, top to bottom.
 
     python train.py                                          G3 at tiny scale; makes text and backbone first
     python train.py config/g3_full_aux.py --seed=2           a recipe
     python train.py config/paper.py config/g3_full_aux.py    the same at another scale (name the scale first)
     python train.py config/best.py --eval_only --budget=0.25    a finished run, calibrated at another budget
-    python train.py config/g1_no_utilrank.py --plugin=my_gate.py --gate=my_gate    your own gate
+    python train.py --plugin=my_gate.py --gate=my_gate --recipe=my_gate      your own gate
     torchrun --standalone --nproc_per_node=2 train.py ...    several processes, the same global batch
 
 A run writes out/<scale>/<recipe>/seed<k>/. The same command resumes an interrupted run and leaves a finished
@@ -44,7 +44,7 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     estimator="ste_norm",  # how the LM loss reaches the scores: see gates.ESTIMATORS
     execution="gathered",  # or masked, where an idea needs both paths everywhere
     budget=0.5,  # the share of tokens that goes full, over all controlled layers
-    share_step=0.0,  # 0: the same budget in each layer; else metrics.allocate hands it out in such portions
+    share_step=0.0,  # 0: the same budget in each layer; else metrics.allocate hands it out: 1 in whole layers
     # labels; the weights lambda_<loss> of the losses stand in gates.LOSSES
     oracle="off_policy",  # how the layers after the labelled one run: off_policy (full) or on_policy (routed)
     label_target="next",  # a label's loss is against: next (the token that came) or dense (the frozen model)
@@ -83,10 +83,15 @@ def forward(model, config, batch, labelled):
     losses, context = active_losses(config), Context(batch.tokens, batch.row_seeds)
     step = Step(model, config, context, batch.targets)
     first = min(model.config.controlled, default=0)
-    x, _ = model.run(model.embed(context), config["mode"], context, end=first)  # nothing routes yet
+    # The layers before the first controlled one, where nothing routes yet.
+    x, _ = model.run(model.embed(context), config["mode"], context, end=first)
+    # What the frozen model itself makes of the batch.
     if "distill" in losses:
         step.dense = dense_stream(model, x, context, first)
-    step.x, step.routes = model.run(x, config["mode"], context, first, keep=labelled, align="jepa" in losses)
+    # The routed layers.
+    jepa = "jepa" in losses
+    step.x, step.routes = model.run(x, config["mode"], context, first, keep=labelled, want_outcomes=jepa)
+    # The labels of some layers, on some rows.
     if labelled:
         rows = torch.tensor(labelled_rows(len(x), config["label_share"])).to(x.device, non_blocking=True)
         some = step.rows(rows)
@@ -102,11 +107,12 @@ def dense_stream(model, x, context, first):
     return model.run(x, "full", context, first)[0]
 
 
-def labelled_layers(config, step):
-    """The controlled layers that get labels in this step: a function of (seed, step)."""
+def labelled_layers(config, iteration):
+    """The controlled layers that get labels in this iteration: a function of (seed, iteration)."""
     if not any(loss.needs == "labels" for loss in active_losses(config).values()):
         return set()
-    order = np.random.default_rng((config["seed"], step, 1)).permutation(config["controlled"])
+    generator = np.random.default_rng((config["seed"], iteration, 1))  # 1: apart from the batch's
+    order = generator.permutation(config["controlled"])
     return set(order[:config["label_layers"]].tolist())
 
 
@@ -138,8 +144,8 @@ def train(config, machine, backbone=None):
         if run.wants_allocation():
             run.allocate()
 
-        # One step. Its random numbers are a function of (seed, step): a resume needs no saved state, and
-        # evaluating more often changes nothing.
+        # One step. Its random numbers, a plugin's included, are a function of (seed, step): a resume needs no
+        # saved state, and evaluating more often changes nothing.
         began = time.time()
         torch.manual_seed((config["seed"] * 1_000_003 + run.step) % 2 ** 63)
         record = StepRecord(model, config, machine, logged=run.step % config["log_interval"] == 0)
@@ -166,14 +172,14 @@ def train(config, machine, backbone=None):
 
 def find_backbone(config, defaults, machine):
     """The folder of the frozen model, or hf:...; a backbone that is not there yet is trained first."""
-    dense = backbone_config(config, defaults)
-    if dense is None:
+    recipe = backbone_config(config, defaults)
+    if recipe is None:
         return config["backbone"]
     _, meta = open_data(config, machine)
-    folder = backbone_folder(dense, meta)
+    folder = backbone_folder(recipe, meta)
     if not os.path.exists(os.path.join(folder, "summary.json")):
         machine.print("no backbone for this config and data yet: training it once, for all gates and seeds")
-        train({**dense, "out_dir": folder}, machine)
+        train({**recipe, "out_dir": folder}, machine)
     return folder
 
 

@@ -91,7 +91,8 @@ def read_checkpoint(folder, name="ckpt.pt"):
     executed."""
     path = os.path.join(folder, name)
     if not os.path.lexists(path):
-        raise ConfigError(f"{path} does not exist; train it first, or name another run")
+        raise ConfigError(f"{path} does not exist; train it first, or name a run's folder, such as "
+                          "out/tiny/best/seed0")
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

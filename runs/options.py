@@ -1,7 +1,7 @@
 """Which configs are refused, each with a line that names the value and the remedy."""
 import os
 
-from configurator import ConfigError, did_you_mean
+from configurator import ConfigError, Registry, did_you_mean
 from gates import ESTIMATORS, GATES, LABELS, TARGETS, active_losses
 from model import ACTIVATIONS
 
@@ -25,7 +25,10 @@ def validate(config):
                "dtype": ("auto", "float32", "bfloat16"), "execution": ("gathered", "masked")}
     for key, names in choices.items():
         if config[key] not in names:
-            raise ConfigError(f"--{key}={config[key]!r} is unknown; {did_you_mean(config[key], names)}")
+            hint = did_you_mean(config[key], names)
+            if isinstance(names, Registry):
+                hint += "; one of your own is loaded with --plugin=FILE"
+            raise ConfigError(f"--{key}={config[key]!r} is unknown; {hint}")
     lambdas = tuple(key for key in config if key.startswith("lambda_"))
     for key in (*AT_LEAST_1, *AT_LEAST_0, *lambdas):
         least = 1 if key in AT_LEAST_1 else 0

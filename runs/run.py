@@ -212,9 +212,11 @@ class Run:
         """Raises ConfigError where a loss is no number; the last good checkpoint stays."""
         for name, loss in losses.items():
             if not math.isfinite(loss):
-                raise ConfigError(f"the {name} loss is {float(loss)} at step {step}; the last good checkpoint in "
-                                  f"{self.folder} is kept. Give a lower --learning_rate or --gate_lr, and "
-                                  "--overwrite to start again")
+                left = "there was no checkpoint yet"
+                if os.path.exists(self.path("ckpt.pt")):
+                    left = f"the last good checkpoint in {self.folder} is kept"
+                raise ConfigError(f"the {name} loss is {float(loss)} at step {step}; {left}. Give a lower "
+                                  "--learning_rate or --gate_lr, and --overwrite to start again")
 
     def check_unseen(self):
         for step, losses in self.unseen:

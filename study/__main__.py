@@ -22,7 +22,7 @@ from configurator import ConfigError, configure, exit_on_error, load_plugins
 from runs.files import write_json
 from runs.machine import choose_device
 from study.arms import Arms, is_key, key_of, refuse_mixed, refuse_words
-from study.measures import measure, references_of
+from study.measures import PLAIN, measure, references_of
 from study.records import finished_records, write_records
 from study.runner import run_all
 from study.tuning import losses_of_trials, trials
@@ -120,13 +120,17 @@ def print_arms(records, names):
     """The leaderboard lines of the arms that were asked for, over all their seeds."""
     for name in names:
         of_arm = sorted((r for r in records if r["arm"] == name), key=lambda record: record["seed"])
-        measures = [measure(r, references_of(r, records)[0]) for r in of_arm]
+        measures = []
+        for record in of_arm:
+            own, plain = references_of(record, records)[0], references_of(record, records, PLAIN)[0]
+            measures.append(measure(record, own, plain))
         if not measures:
             continue
         seeds = ", ".join(str(r["seed"]) for r in of_arm)
         print(f"{name}: seeds {seeds}: test LM {each(measures, 'test_loss', '.4f')}; "
-              f"gap closed {each(measures, 'gap_closed', '.0%')}; "
-              f"dense steps to 75% {each(measures, 'cost_to_75', '.0f')}; "
+              f"gap closed {each(measures, 'common_gap_closed', '.0%')}; "
+              f"own gap {each(measures, 'gap_closed', '.0%')}; "
+              f"dense steps to 75% {each(measures, 'common_cost_to_75', '.0f')}; "
               f"inference FLOPs {measures[0]['inference_ratio']:.3f} of dense")
 
 

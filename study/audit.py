@@ -183,7 +183,7 @@ def route_by_label(model, step):
         label = on_policy_label(step, route)  # (B, T)
         mask = topk_mask(label, full_tokens(block.budget, label.size(1)))
         w = block.estimator(route.scores, mask).unsqueeze(-1)
-        y, _ = block.masked(route.h, w, mask, "topk", align=False)
+        y, _ = block.masked(route.h, w, mask, "topk", want_outcomes=False)
         x = route.x + y
     return x
 

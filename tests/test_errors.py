@@ -1,14 +1,11 @@
 """Bad input: exit code 2, one line on stderr that names the value and a remedy, no traceback, nothing changed on
 disk."""
-import io
 import json
 import os
 import pickle
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 

@@ -186,13 +186,13 @@ def test_targets_are_the_fixed_head_on_rms_normalised_outputs():
     gate = make(gate="g3").h[1].gate
     full, cheap = torch.randn(2, 3, 16), torch.randn(2, 3, 16) * 50
     cheap[0, 1] = 0
-    target = gate.target(full, cheap)
+    target = gate.outcomes(full, cheap)
     for b in range(2):
         for t in range(3):
             for a, out in enumerate((full[b, t], cheap[b, t])):
                 rms = math.sqrt(sum(v * v for v in out.tolist()) / 16)
                 same(target[b, t, a], gate.target_head.T @ out / rms if rms else torch.zeros(8))
-    assert not gate.target(full.requires_grad_(), cheap).requires_grad
+    assert not gate.outcomes(full.requires_grad_(), cheap).requires_grad
 
 
 def test_the_target_head_is_orthonormal_fixed_and_seeded_apart():
