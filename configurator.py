@@ -286,7 +286,7 @@ def configure(defaults, words):
         config = read_file(word, config, defaults)
         sets_recipe = any(key == "recipe" for _, key, _ in parse_file(word))
         if recipe and sets_recipe:
-            raise ConfigError(f"{recipe} and {word} are two recipes; name one, and change keys with --key=value")
+            raise ConfigError(f"{recipe} and {word} are two recipes; name one, change it with --key=value")
         if sets_recipe:
             recipe = word
     given = set()
@@ -298,7 +298,7 @@ def configure(defaults, words):
             raise ConfigError(f"{word!r}: {key} is given twice; give it once")
         given.add(key)
         if key == "help":
-            raise ConfigError("there is no --help: every key stands with its meaning at the top of the script")
+            raise ConfigError("--help: every key stands with its meaning at the top of the script")
         if key not in defaults:
             raise ConfigError(f"{word!r}: unknown key {key!r}; {did_you_mean(key, defaults)}")
         value = True

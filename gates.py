@@ -26,9 +26,9 @@ The contract. A gate is one class and one line, in a file of your own (`--plugin
 The tests run over every registered gate: `python -m pytest test_routing.py --plugin=my_gate.py`.
 
 After the gates come the selection, the estimators, the labels and the losses, in the order in which training
-uses them. They have registries of their own and are added in the same way. An estimator takes (scores, mask) and
-returns w (B, T). A label takes (step, route) and returns (B, T). A loss takes a step and returns a scalar. See
-Step and Route for what they can read.
+uses them. They have registries of their own and are added in the same way. An estimator takes (scores, mask)
+and returns w (B, T). A label takes (step, route) and returns (B, T). A loss takes a step, returns a scalar.
+See Step and Route for what they can read.
 """
 import math
 from dataclasses import dataclass, field

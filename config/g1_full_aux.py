@@ -1,4 +1,4 @@
-# The paper's G1 with its standard losses: the MLP gate, util and rank from off-policy labels on the whole batch.
+# The paper's G1 with its standard losses: the MLP gate, util and rank from off-policy labels on all rows.
 recipe = "g1_full_aux"
 gate = "g1"
 oracle = "off_policy"

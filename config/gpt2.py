@@ -1,4 +1,4 @@
-# GPT-2 (124M) as the frozen backbone: a hub name, or --backbone=hf:FOLDER with config.json and model.safetensors.
+# GPT-2 (124M) as the frozen backbone: a hub name, or hf:FOLDER with config.json and model.safetensors.
 scale = "gpt2"
 dataset = "fineweb-edu"
 backbone = "hf:gpt2"

@@ -1,4 +1,4 @@
-# Web-like prose, byte-level, four times the parameters of tiny and twice its context: the second regime for a CPU.
+# Web-like prose, byte-level, four times the parameters of tiny, twice its context: a second regime for a CPU.
 # python prepare.py --source='my/*.parquet' --name=web --tokenizer=bytes
 scale = "web"
 dataset = "web"

@@ -331,7 +331,9 @@ class Run:
         model, config, machine = self.model, self.config, self.machine
         final = {split: eval_batch(self.data[split], config, config["final_eval_iters"])
                  for split in ("val", "test") if split in self.data}
-        results = {split: metrics.evaluate_modes(model, config, machine, rows) for split, rows in final.items()}
+        results = {}
+        for split, rows in final.items():
+            results[split] = metrics.evaluate_modes(model, config, machine, rows)
         curves = {mode: [e[mode] for e in self.evaluations] for mode in results["val"][0]}
         flops = metrics.ledger(model, config)
         summary = {
@@ -363,8 +365,8 @@ class Run:
         run."""
         cheap, dense = self.reference("cheap_only"), self.reference("full_adapter")
         if not cheap or not dense:
-            return {"gap_closed": "unknown: cheap_only and full_adapter of this seed, backbone, data and length "
-                                  "are not finished yet"}
+            return {"gap_closed": "unknown: cheap_only and full_adapter of this seed and length, trained as "
+                                  "this run is, are not finished beside it"}
         floor, top = (metrics.causal(reference["val_loss"]) for reference in (cheap, dense))
         gap = metrics.gap_closed(metrics.causal(summary["val_loss"]), floor, top)
         # The curves are over fewer rows than the final loss, so the references are taken on those rows too.
