@@ -25,7 +25,7 @@ from conftest import checkpoint_of, log_of, main_of, recipe, same
 SMALL = ["--n_layer=3", "--n_embd=32", "--n_head=2", "--block_size=32", "--controlled=[1,2]",
          "--batch_size=4", "--max_iters=60", "--backbone_iters=500", "--backbone_batch_size=4",
          "--eval_interval=5", "--eval_iters=2", "--final_eval_iters=4", "--dtype=float32", "--device=cpu"]
-STUDY = ["--seeds=0", "--jobs=1", "--study=study", "--arms=cheap_only,full_adapter,g1_full_aux"]
+STUDY = ["--backbone=backbone", "--seeds=0", "--jobs=1", "--study=study", "--arms=cheap_only,full_adapter,g1_full_aux"]
 ARM = "out/tiny/study/g1_full_aux/seed0"
 BACKBONE = "out/tiny/backbone/seed0"
 
