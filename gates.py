@@ -17,7 +17,7 @@ The contract. A gate is one class and one line, in a file of your own (`--plugin
   position of the first of them; `context.noise(layer)` (B, T), uniform numbers that repeat under resume,
   several processes and a KV cache.
 - It returns (scores, prediction). Scores are (B, T): the higher, the more full is worth. A token's score
-  depends on that token alone, because decoding sees one token at a time.
+  depends on its own h, id and position alone, because decoding sees one token at a time.
 - `prediction` is None, or the predicted outcomes (B, T, 2, d) of [full, cheap]. A gate that predicts says
   `predicts = True` and has `outcomes(full, cheap)`, the real ones to compare them with: see JEPAGate.
 - `learned = False` says that no gradient reaches the scores.
@@ -141,7 +141,7 @@ class RandomGate(Gate):
 
 @GATES.register("static")
 class StaticGate(RandomGate):
-    """No gate at all. Its recipe sets share_step = 1, so `metrics.allocate` makes whole layers full. Inside a
+    """No decision. Its recipe sets share_step = 1, so `metrics.allocate` makes whole layers full. Inside a
     layer that is full in part the tokens are random. A learned gate has to beat this."""
 
 
@@ -241,7 +241,7 @@ class Route(NamedTuple):
     scores: torch.Tensor  # (B, T) float32
     mask: torch.Tensor  # (B, T) bool, True where the token went full
     prediction: torch.Tensor | None = None  # (B, T, 2, d)
-    outcomes: torch.Tensor | None = None  # (B, T, 2, d) what was predicted, as it came
+    outcomes: torch.Tensor | None = None  # (B, T, 2, d) the real outcomes
     x: torch.Tensor | None = None  # (B, T, D) the residual stream before the FFN
     h: torch.Tensor | None = None  # (B, T, D) the FFN's input
 
@@ -280,7 +280,7 @@ class Step:
 # -----------------------------------------------------------------------------
 # labels: (step, route) -> raw label (B, T) of the route's layer l: the larger, the more full is worth there.
 # Those below are in nats, loss(cheap at l) - loss(full at l). The key --oracle picks one. `suffix` is the
-# mode in which the layers after l run: the FLOPs are counted by it.
+# mode in which the layers after l run, for the count of FLOPs.
 
 LABELS = Registry("oracle", suffix=None)
 TARGETS = Registry("label_target", needs_dense=False)

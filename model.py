@@ -158,7 +158,7 @@ class Block(nn.Module):
         reads_both = want_outcomes or (self.estimator.reads_both and w.requires_grad)
         if mask.numel() == 1 and not torch.is_grad_enabled() and not want_outcomes:
             return self.one_token(h, w, mask), None
-        # Full tokens first. Under topk their number n is known, and a GPU need not be waited for.
+        # Sort: full tokens first. Under topk their number n is known, and a GPU need not be waited for.
         order = torch.argsort((~mask).flatten().byte(), stable=True)  # (B * T,)
         n = mask.size(0) * full_tokens(self.budget, mask.size(1)) if mode == "topk" else int(mask.sum())
         h_full, h_cheap = h.flatten(0, 1)[order].tensor_split((n,))  # (n, D) and (B * T - n, D)

@@ -117,7 +117,7 @@ def labelled_layers(config, iteration):
 
 
 def labelled_rows(n, share):
-    """The rows of n that get labels, spread evenly, so that equal slices make up the same global set."""
+    """The rows of n that get labels, spread evenly, so that splitting the batch keeps the set."""
     rows = [i for i in range(n) if int((i + 1) * share + 1e-9) > int(i * share + 1e-9)]
     return rows or [0]
 
