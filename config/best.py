@@ -1,6 +1,6 @@
 # The recipe that measures best so far: the frozen model teaches. Distillation replaces the LM loss. Labels
-# compare both branches with what the frozen model predicts, under the current routing. Several layers get labels
-# in a step, on a quarter of the rows, and rank alone learns from them. Muon trains the cheap FFNs' matrices.
+# compare both branches with what the frozen model predicts, under the current routing. Several layers get
+# labels in a step, on a quarter of the rows, and rank alone learns from them. Muon trains the cheap FFNs.
 recipe = "best"
 gate = "g1"
 estimator = "ste_norm"
