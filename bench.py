@@ -291,12 +291,14 @@ def training_rows(bench):
         flops = 3 * bench.ledger(dense.config)["dense_forward"] * tokens
         yield Row(f"dense step: part of a matrix product's FLOP/s (MFU), {dtype}", flops / seconds / peak,
                   1.0, Aim(0.5), f"of {peak / 1e12:.2f} TFLOP/s; {tokens / seconds:,.0f} tokens/s")
+        attention = attention_seconds(dense, bench)
         for arm in STEP_ARMS:
             config = bench.arm(arm, dtype=dtype)
             case = bench.case(config)
             slow, fast = in_turn([partial(one_step, dense), partial(one_step, case)], bench)
-            masked = bench.ledger({**config, "execution": "masked"})["train_ratio"]
-            note = f"{fast:.3g} of {slow:.3g} s, {tokens / fast:,.0f} tokens/s; limit if masked {masked:.3f}"
+            own = limit_at_attentions_rate(bench, config, attention, slow)
+            note = (f"{fast:.3g} of {slow:.3g} s, {tokens / fast:,.0f} tokens/s; with attention at its own rate "
+                    f"the limit is {own:.3f}")
             if c["scale"] == "paper":
                 hours = 20_000 * 16 * 1024 / tokens * fast / 3600
                 note += f"; 20,000 steps of 16 x 1024 tokens in {hours:.2f} h"
@@ -304,6 +306,60 @@ def training_rows(bench):
             limit = bench.ledger(config)["train_ratio"]
             yield Row(f"step of {arm} vs dense step, {dtype}", fast / slow, limit,
                       aim_for(arm, c, part, at_most=True), note)
+
+
+class AttentionSeconds(NamedTuple):
+    """Of one layer's attention in a step: forward, and backward without and with the gradient of weights."""
+    forward: float
+    backward: float
+    backward_trained: float
+
+
+def attention_seconds(dense, bench):
+    """Measured alone, at the shape of a step of this case -> AttentionSeconds."""
+    attention, machine = dense.model.h[-1].attn, dense.machine
+    x = dense.model.embed(dense.context).detach().requires_grad_()
+    weights = list(attention.parameters())
+
+    def forward():
+        with torch.no_grad(), machine.autocast():
+            attention(x)
+
+    def both(*wanted):
+        with machine.autocast():
+            y = attention(x)
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
+    times = in_turn([forward, partial(both, x), partial(both, x, *weights)], bench)
+    return AttentionSeconds(times[0], times[1] - times[0], times[2] - times[0])
+
+
+def limit_at_attentions_rate(bench, config, attention, seconds):
+    """What a step could take, in dense steps, which take `seconds`. No routing saves attention, and its FLOPs
+    take longer than those of the FFNs. So it is counted as measured, and the rest at the dense step's
+    rate."""
+    costs, layers = bench.ledger(config), config["n_layer"]
+    with_gradient = layers - config["controlled"][0] - 1
+    teaching = teaching_layers(config, costs)
+    forward, backward = costs["train"]["attention"]
+    one_layer = forward / layers
+    rest = costs["forward"] + costs["backward"] - forward - backward - teaching * one_layer
+    rest_of_dense = 3 * costs["dense_forward"] - 3 * layers * one_layer
+    rest_seconds = seconds - layers * (attention.forward + attention.backward_trained)
+    routed = (layers + teaching) * attention.forward + with_gradient * attention.backward
+    return (routed + rest / rest_of_dense * rest_seconds) / seconds
+
+
+def teaching_layers(config, costs):
+    """How many layers of attention the whole batch passes, without a gradient, for labels and the teacher."""
+    layers, controlled, count = config["n_layer"], config["controlled"], 0.0
+    if "dense" in costs["train"]:
+        share = 1.0 if config["lambda_distill"] else config["label_share"]
+        count += share * (layers - controlled[0])
+    if "labels" in costs["train"]:
+        behind = sum(layers - 1 - layer for layer in controlled) / len(controlled)  # a mean
+        labelled = min(config["label_layers"], len(controlled))
+        count += 2 * behind * labelled * config["label_share"]  # two branches
+    return count
 
 
 def label_rows(bench):

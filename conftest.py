@@ -6,6 +6,7 @@ their own.
     python -m pytest --hypothesis-profile=long                fuzz for longer
     python -m pytest tests/test_fuzz.py --mutations=1000      break more records and checkpoints
     python -m pytest tests/test_kills.py --kills=100          kill runs at random moments
+    python -m pytest --device=cuda test_routing.py tests/test_devices.py    on a GPU what asks for `device`
 """
 import contextlib
 import hashlib
@@ -25,6 +26,7 @@ from hypothesis import settings
 
 from configurator import ConfigError, load_plugin
 from prepare import split_of
+from runs.machine import choose_device
 
 HERE = Path(__file__).resolve().parent
 os.environ["MPLBACKEND"] = "Agg"
@@ -32,6 +34,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 def pytest_addoption(parser):
     parser.addoption("--plugin", action="append", default=[], help="a file that registers gates or losses")
+    parser.addoption("--device", default="cpu", help="where the tests run that ask for `device`: cpu or cuda")
     parser.addoption("--kills", type=int, default=0, help="how often tests/test_kills.py kills a run")
     parser.addoption("--mutations", type=int, default=40, help="how often tests/test_fuzz.py breaks a file")
 
@@ -42,6 +45,33 @@ def pytest_configure(config):
             load_plugin(path)
         except ConfigError as error:
             raise pytest.UsageError(str(error)) from None
+    try:
+        config.option.device = choose_device(config.getoption("device"))
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """--device. In a test that asks for it the models and tokens of test_routing.py's helpers are there too.
+    On a GPU a float32 product is float32: a Machine would allow TF32, and two ways to one number differ."""
+    device = request.config.getoption("device")
+    if device != "cpu":
+        monkeypatch.setattr("test_routing.DEVICE", device)
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    return device
+
+
+@pytest.fixture
+def gpu(device):
+    """For what is there to be tested on a GPU alone."""
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("device") == "cpu":
+        for item in items:
+            if "gpu" in getattr(item, "fixturenames", []):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU and --device=cuda"))
 
 
 settings.register_profile("short", max_examples=60, deadline=None)

@@ -323,8 +323,10 @@ def layer_training(block, config, costs, c):
     routed, masked = mode == "topk", c.execution == "masked"
     share = block.budget if routed else float(mode == "adapter")
     full_back = 1.0 if routed and masked else share
-    cheap_back = 1 - share if routed and not masked and not block.estimator.mixes else 1.0
     both = routed and (jepa or block.estimator.reads_both)
+    cheap_back = 1.0
+    if routed and not (masked or both or block.estimator.mixes):
+        cheap_back = 1 - share
     cheap_grad = 2 if grad else 1.5  # the first controlled layer's h needs no gradient
     full_forward = 1.0 if both else full_back
     cheap_forward = 1.0 if both else cheap_back

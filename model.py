@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from configurator import ConfigError
 from gates import ESTIMATORS, GATES, Context, Route, full_tokens, threshold_for, topk_mask
-from headloss import head_loss, head_token_losses
+from kernels import (ffn_at_rows, head_loss, head_token_losses, in_compute_dtype, permute,
+                     short_attention)
 
 # Named as Hugging Face names them. On a CPU in bfloat16 tanh takes four times as long.
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh"}
@@ -68,10 +69,7 @@ def attend(q, k, v):
         past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=past)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 256:
-        # Written out: the fused kernel is slow for short rows on a CPU. Forward and backward take 21 ms in
-        # bfloat16 against 5 here at (16, 4, 128, 32); at T = 1024 the fused one wins.
-        future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-        return (q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1) + future).softmax(-1) @ v
+        return short_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -107,7 +105,12 @@ class Block(nn.Module):
     def forward(self, x, mode, context, keep=False, want_outcomes=False, cache=None):
         """x (B, T, D) -> x (B, T, D) and the layer's Route, None where nothing was decided.
         keep: the Route holds x and h. want_outcomes: it holds what a predicting gate should predict."""
-        x = x + self.attn(self.ln_1(x), cache)
+        return self.ffn_part(self.attention_part(x, cache), mode, context, keep, want_outcomes)
+
+    def attention_part(self, x, cache=None):
+        return x + self.attn(self.ln_1(x), cache)
+
+    def ffn_part(self, x, mode, context, keep=False, want_outcomes=False):
         h = self.ln_2(x)
         if not self.controlled or mode == "full":
             return x + self.mlp(h), None
@@ -118,9 +121,8 @@ class Block(nn.Module):
 
         s, prediction = self.score(h, context)  # (B, T)
         m = self.select(s.detach(), mode)  # (B, T)
-        w = self.estimator(s, m).unsqueeze(-1)  # (B, T, 1)
         ffn = self.gathered if self.config.execution == "gathered" else self.masked
-        y, outcomes = ffn(h, w, m, mode, want_outcomes and self.gate.predicts)
+        y, outcomes = ffn(h, s, m, mode, want_outcomes and self.gate.predicts)
         route = Route(self.layer, s, m, prediction, outcomes, x if keep else None, h if keep else None)
         return x + y, route
 
@@ -138,57 +140,45 @@ class Block(nn.Module):
             return topk_mask(scores, full_tokens(self.budget, scores.size(1)))
         return scores > self.threshold
 
-    def masked(self, h, w, mask, mode, want_outcomes):
+    def masked(self, h, scores, mask, mode, want_outcomes):
         """w * full(h) + (1 - w) * cheap(h), both paths on every token -> (B, T, D), outcomes or None."""
+        w = self.estimator(scores, mask).unsqueeze(-1)  # (B, T, 1)
         full, cheap = self.mlp(h), self.cheap(h)  # (B, T, D) each
         outcomes = self.gate.outcomes(full, cheap) if want_outcomes else None  # (B, T, 2, d)
         return w * full + (1 - w) * cheap, outcomes
 
-    def gathered(self, h, w, mask, mode, want_outcomes):
-        """The same result for less. Each path runs on its own tokens. On those of the other path it runs only
-        where this table says so: for its value alone, or with its gradient.
-
-                                       full on cheap tokens   cheap on full tokens
-            evaluation; `hard`         -                      -
-            `ste`, `ste_norm` (train)  value                  value           the gradient of w reads both
-            `scaled`                   -                      with gradient   1 - w is not 0 there
-            outcomes (JEPA)            value                  value           they are of both
-        """
-        mixes = self.estimator.mixes
-        reads_both = want_outcomes or (self.estimator.reads_both and w.requires_grad)
+    def gathered(self, h, scores, mask, mode, want_outcomes):
+        """The same result for less. Where no one needs the value of the path not taken, each path runs on its
+        own tokens alone. `ste` and `ste_norm` need it while they train, since the gradient of w is of full -
+        cheap, and JEPA's outcomes are of both paths: then what is saved is the gradient of full on cheap
+        tokens, which is zero."""
         if mask.numel() == 1 and not torch.is_grad_enabled() and not want_outcomes:
-            return self.one_token(h, w, mask), None
-        # Sort: full tokens first. Under topk their number n is known, and a GPU need not be waited for.
-        order = torch.argsort((~mask).flatten().byte(), stable=True)  # (B * T,)
+            return self.one_token(h, scores, mask), None
+        shape, h = h.shape, in_compute_dtype(h).flatten(0, 1)  # (B * T, D)
+        # Full tokens first. Under topk their number is known, and a GPU need not be waited for.
+        order = torch.argsort(~mask.flatten(), stable=True)  # (B * T,)
         n = mask.size(0) * full_tokens(self.budget, mask.size(1)) if mode == "topk" else int(mask.sum())
-        h_full, h_cheap = h.flatten(0, 1)[order].tensor_split((n,))  # (n, D) and (B * T - n, D)
-        w_full, w_cheap = w.flatten(0, 1)[order].tensor_split((n,))
-
+        if want_outcomes or (self.estimator.reads_both and scores.requires_grad):
+            w = self.estimator(scores, mask).view(-1, 1)  # (B * T, 1)
+            full, cheap = ffn_at_rows(self.mlp, h, order[:n]), self.cheap(h)  # (B * T, D) each
+            y = w * full + (1 - w) * cheap
+            outcomes = self.gate.outcomes(full.view(shape), cheap.view(shape)) if want_outcomes else None
+            return y.view(shape), outcomes
+        place = order.argsort()  # the way back
+        h_full, h_cheap = permute(h, order, place).split((n, len(h) - n))  # (n, D) and (B * T - n, D)
         full, cheap = self.mlp(h_full), self.cheap(h_cheap)
-        y_full, y_cheap = full, cheap
-        if mixes or reads_both:
-            with torch.set_grad_enabled(mixes and torch.is_grad_enabled()):
-                cheap_on_full = self.cheap(h_full)
-            y_full = w_full * full + (1 - w_full) * cheap_on_full
-        if reads_both:
-            with torch.no_grad():
-                full_on_cheap = self.mlp(h_cheap)
-            y_cheap = w_cheap * full_on_cheap + (1 - w_cheap) * cheap
+        if self.estimator.mixes:
+            w = self.estimator(scores, mask).view(-1, 1).index_select(0, order[:n])  # (n, 1)
+            full = w * full + (1 - w) * self.cheap(h_full)
+        return permute(torch.cat([full, cheap]), place, order).view(shape), None
 
-        place = order.argsort()  # back to where each token came from
-        y = torch.cat([y_full, y_cheap])[place].view_as(h)  # (B, T, D)
-        if not want_outcomes:
-            return y, None
-        full_everywhere = torch.cat([full, full_on_cheap])[place].view_as(h)
-        cheap_everywhere = torch.cat([cheap_on_full, cheap])[place].view_as(h)
-        return y, self.gate.outcomes(full_everywhere, cheap_everywhere)
-
-    def one_token(self, h, w, mask):
+    def one_token(self, h, scores, mask):
         """A token in decoding: there is nothing to gather."""
         if not mask.item():
             return self.cheap(h)
         if not self.estimator.mixes:
             return self.mlp(h)
+        w = self.estimator(scores, mask).unsqueeze(-1)  # (1, 1, 1)
         return w * self.mlp(h) + (1 - w) * self.cheap(h)
 
 
@@ -233,7 +223,7 @@ class GPT(nn.Module):
                 routes.append(route)
         return x, routes
 
-    # losses of a stream x (B, T, D) after the last layer. In headloss.py, because at a vocabulary of 50,000
+    # losses of a stream x (B, T, D) after the last layer. In kernels.py, because at a vocabulary of 50,000
     # the logits are never held whole; each equals the formula in its docstring.
 
     def lm_loss(self, x, targets):
@@ -274,10 +264,8 @@ class GPT(nn.Module):
         parts = [Context(t, s) for t, s in zip(context.tokens.split(rows), context.row_seeds.split(rows))]
         streams = [self.embed(part) for part in parts]
         for block in self.h:
+            streams = [block.attention_part(x) for x in streams]
             if block.controlled:
-                scores = []
-                for x, part in zip(streams, parts):
-                    h = block.ln_2(x + block.attn(block.ln_1(x)))
-                    scores.append(block.score(h, part)[0])
+                scores = [block.score(block.ln_2(x), part)[0] for x, part in zip(streams, parts)]
                 block.threshold.copy_(threshold_for(torch.cat(scores), block.budget))
-            streams = [block(x, "threshold", part)[0] for x, part in zip(streams, parts)]
+            streams = [block.ffn_part(x, "threshold", part)[0] for x, part in zip(streams, parts)]

@@ -1,6 +1,9 @@
 """The CUDA paths, without a GPU. PyTorch's fake tensors know shapes, dtypes and devices and hold no numbers.
 What asks for a number, as .item() and nonzero() do, raises here, and would wait for a GPU there; what mixes
-devices raises in both places. `meta` stands for the GPU, since fake CUDA tensors need a build with CUDA."""
+devices raises in both places. `meta` stands for the GPU, since fake CUDA tensors need a build with CUDA.
+
+With --device=cuda also what only numbers can show; test_routing.py, test_losses.py and test_model.py
+hold what is the same test on both devices."""
 import contextlib
 from types import SimpleNamespace
 
@@ -9,7 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import bench
+import train
 from configurator import arm_words
+from conftest import go, losses_of, recipe, summary_of, tiny
 from gates import GATES, Context, active_losses
 from metrics import StepRecord
 from model import GPT
@@ -103,9 +108,17 @@ def test_gathered_under_threshold_waits_once_a_layer(fake, monkeypatch):
     assert len(waits) == len(model.config.controlled)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_tensor_on_the_wrong_device_is_seen_here(fake):
+    _, model, batch = on_device("g1_no_utilrank")
+    with pytest.raises(RuntimeError, match="same device"):
+        model.embed(Context(batch.tokens, batch.row_seeds)) + torch.zeros(128)
+
+
+# -----------------------------------------------------------------------------
+# on a GPU
+
 @pytest.mark.parametrize("arm", ARMS)
-def test_on_a_gpu_a_training_step_waits_for_nothing(arm):
+def test_on_a_gpu_a_training_step_waits_for_nothing(arm, gpu):
     config, _ = configure_run([*arm_words(arm), "--device=cuda"])
     case = bench.Case(config, 257)
     bench.one_step(case)
@@ -116,7 +129,38 @@ def test_on_a_gpu_a_training_step_waits_for_nothing(arm):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_tensor_on_the_wrong_device_is_seen_here(fake):
-    _, model, batch = on_device("g1_no_utilrank")
-    with pytest.raises(RuntimeError, match="same device"):
-        model.embed(Context(batch.tokens, batch.row_seeds)) + torch.zeros(128)
+FAST = ["--dtype=bfloat16", "--compile"]
+
+
+@pytest.mark.parametrize("arm, words, tol", [
+    ("backbone", [], 1e-3), ("static", [], 1e-3), ("g3_full_aux", [], 1e-3), ("best", [], 1e-3),
+    ("backbone", FAST, 2e-2), ("best", FAST, 2e-2)])
+def test_a_run_on_a_gpu_ends_where_a_run_on_a_cpu_ends(arm, words, tol, gpu, place):
+    go("train", *tiny(recipe(arm), "--out_dir=out/cpu"))
+    go("train", *tiny(recipe(arm), "--out_dir=out/gpu", "--device=cuda", *words))
+    on_cpu, on_gpu = summary_of("out/cpu"), summary_of("out/gpu")
+    for name in ("val_loss", "test_loss"):
+        assert on_gpu[name] == pytest.approx(on_cpu[name], rel=tol)
+
+
+def test_a_run_stopped_and_resumed_on_a_gpu_is_the_undisturbed_one_to_tolerance(gpu, place, monkeypatch):
+    words = tiny(recipe("g3_full_aux"), "--max_iters=10", "--eval_interval=3", "--device=cuda")
+    go("train", *words, "--out_dir=out/calm")
+    real = train.get_batch
+
+    def get_batch(data, config, step, micro, machine):
+        if step == 8:
+            raise KeyboardInterrupt
+        return real(data, config, step, micro, machine)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "get_batch", get_batch)
+        go("train", *words, "--out_dir=out/stopped")
+    assert "resuming out/stopped at step 6" in go("train", *words, "--out_dir=out/stopped")
+    assert losses_of("out/stopped") == pytest.approx(losses_of("out/calm"), rel=1e-4)
+    wanted = summary_of("out/calm")["val_loss"]
+    assert summary_of("out/stopped")["val_loss"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_text_from_a_gpu_is_the_text_from_a_cpu(gpu, done):
+    words = "out/tiny/g1_full_aux/seed0", "--max_new_tokens=20", "--temperature=0"
+    assert go("sample", *words, "--device=cuda") == go("sample", *words, "--device=cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import headloss
+import kernels
 from gates import ESTIMATORS, GATES, LOSSES, Context, Label, Route, Step, make_label, pairwise
 from test_routing import (LEARNED, batch_of, best_of, config_for, context_of, gate_names, make, reached, same,
                           slow, tokens)
@@ -41,7 +41,7 @@ def head_case(target, scale=1.0):
 
 
 def in_small_chunks(monkeypatch, size):
-    monkeypatch.setattr(headloss, "chunks", lambda n, weight, trained=False: [
+    monkeypatch.setattr(kernels, "chunks", lambda n, weight, trained=False: [
         slice(i, i + size) for i in range(0, n, size)])
 
 
@@ -54,7 +54,7 @@ def test_head_loss_equals_the_formula_in_value_and_gradient(monkeypatch, target,
         x, weight, reference = head_case(target, scale)
         x, weight = x.requires_grad_(), weight.requires_grad_(trained)
         wanted = [x, weight] if trained else [x]
-        got, want = headloss.head_loss(x, weight, reference), plain_loss(x, weight, reference)
+        got, want = kernels.head_loss(x, weight, reference), plain_loss(x, weight, reference)
         same(got, want)
         for a, b in zip(torch.autograd.grad(3 * got, wanted), torch.autograd.grad(3 * want, wanted)):
             same(a, b)
@@ -71,7 +71,7 @@ def test_head_loss_under_autocast_is_close_to_float32(monkeypatch, target, head,
     wanted = [x, weight] if trained else [x]
     want = plain_loss(x, weight, reference)
     with torch.autocast("cpu", torch.bfloat16):
-        got = headloss.head_loss(x, weight if trained else weight.to(head), reference)
+        got = kernels.head_loss(x, weight if trained else weight.to(head), reference)
     assert got.dtype == torch.float32
     same(got, want, 2e-2)
     for a, b in zip(torch.autograd.grad(got, wanted), torch.autograd.grad(want, wanted)):
@@ -86,7 +86,7 @@ def test_token_losses_are_the_cross_entropy_of_every_token(monkeypatch, target):
     wanted = reference.flatten()
     if target == "hidden":
         wanted = (reference @ weight.T).softmax(-1).flatten(0, 1)
-    got = headloss.head_token_losses([x, other], weight, reference)
+    got = kernels.head_token_losses([x, other], weight, reference)
     for stream, losses in zip((x, other), got):
         want = F.cross_entropy((stream @ weight.T).flatten(0, 1), wanted, reduction="none")
         assert losses.shape == (2, 70) and losses.dtype == torch.float32
@@ -95,14 +95,14 @@ def test_token_losses_are_the_cross_entropy_of_every_token(monkeypatch, target):
 
 def test_the_divergence_of_a_model_from_itself_is_zero_and_has_no_gradient():
     x, weight, _ = head_case("tokens")
-    loss = headloss.head_loss(x.requires_grad_(), weight, x.detach().clone())
+    loss = kernels.head_loss(x.requires_grad_(), weight, x.detach().clone())
     assert abs(loss) < 1e-6 and torch.autograd.grad(loss, x)[0].abs().max() < 1e-7
 
 
 def test_chunks_cover_every_token_once_and_bound_the_logits():
     weight = torch.empty(50257, 2, device="meta")
     for trained, size in ((False, 2 ** 23), (True, 2 ** 26)):
-        slices = headloss.chunks(5000, weight, trained)
+        slices = kernels.chunks(5000, weight, trained)
         assert [i for s in slices for i in range(5000)[s]] == list(range(5000))
         assert len(range(5000)[slices[0]]) * 50257 <= size and len(slices) > 1
 
@@ -289,6 +289,7 @@ LABEL_CASES = [("g1", "ste_norm"), ("g1", "scaled"), ("g3", "ste"), ("g3", "scal
 @pytest.mark.parametrize("gate,estimator", LABEL_CASES)
 @pytest.mark.parametrize("oracle", ["off_policy", "on_policy"])
 @pytest.mark.parametrize("target", ["next", "dense"])
+@pytest.mark.usefixtures("device")
 def test_labels_equal_a_recomputation_from_the_start(gate, estimator, oracle, target):
     model = make(gate=gate, estimator=estimator, controlled=(0, 1, 3), block_size=10)
     batch = batch_of(model, 3)

@@ -35,11 +35,11 @@ def test_budget_1_is_dense_and_budget_0_is_cheap(gate, estimator):
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
 @pytest.mark.parametrize("estimator", ["ste", "ste_norm"])
-def test_budget_1_is_dense_and_budget_0_is_cheap_in_bfloat16_too(estimator, execution):
+def test_budget_1_is_dense_and_budget_0_is_cheap_in_bfloat16_too(estimator, execution, device):
     for budget, mode in ((1.0, "full"), (0.0, "cheap")):
         model, idx = make(estimator=estimator, execution=execution, budget=budget), tokens(make())
         model.calibrate(context_of(idx))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             for routed in ("topk", "threshold"):
                 same(model(idx, routed)[0], model(idx, mode)[0], 3e-2)
 
@@ -91,7 +91,7 @@ def test_topk_looks_ahead(gate):
 
 
 @pytest.mark.parametrize("mode", ["full", "cheap", "adapter"])
-def test_a_cache_changes_nothing_without_routing(mode):
+def test_a_cache_changes_nothing_without_routing(mode, device):
     model = make()
     idx = tokens(model)
     with torch.no_grad():
@@ -105,10 +105,10 @@ def test_a_cache_changes_nothing_without_routing(mode):
 @pytest.mark.parametrize("gate,mode,prompt", [
     *((gate, "threshold", 5) for gate in GATES), ("g1", "full", 5), ("g1", "cheap", 5),
     ("g3", "threshold", 1), ("g3", "threshold", 24), ("g3", "threshold", 30)])
-def test_generate_equals_a_loop_without_a_cache(gate, mode, prompt):
+def test_generate_equals_a_loop_without_a_cache(gate, mode, prompt, device):
     """Within block_size, and past it, where it goes on from the last half of the context."""
     model = calibrated(gate)
-    idx, zero = tokens(model, 1, prompt), torch.zeros(1, dtype=torch.int64)
+    idx, zero = tokens(model, 1, prompt), torch.zeros(1, dtype=torch.int64).to(device)
     got = list(generate(model, idx, 26, mode, temperature=0))
     window, new = idx[:, -12:] if prompt > 24 else idx, []
     for n in range(27):
@@ -308,7 +308,7 @@ def test_an_unknown_hub_name_is_refused(monkeypatch):
 # -----------------------------------------------------------------------------
 # --compile
 
-def compiled_or_not(compiled, n_layer, steps):
+def compiled_or_not(compiled, n_layer, steps, device):
     """Some training steps -> each step's losses and the norm of the scores' gradient, and how many graphs had
     been compiled after it."""
     model = make(n_layer=n_layer, controlled=tuple(range(1, n_layer)), n_embd=32, gate="g1")
@@ -317,7 +317,7 @@ def compiled_or_not(compiled, n_layer, steps):
     if compiled:
         compile_layers(model)
     weights = dict(lambda_lm=1.0, lambda_util=1.0, oracle="on_policy")
-    config = config_for(model, device="cpu", dtype="float32", batch_size=4, threads=0, **weights)
+    config = config_for(model, device=device, dtype="float32", batch_size=4, threads=0, **weights)
     trained, machine = list(model.controllers().values()), Machine(config)
     optimizer, results, graphs = torch.optim.SGD(trained, lr=0.1), [], []
     for i in range(steps):
@@ -336,15 +336,15 @@ def compiled_or_not(compiled, n_layer, steps):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler is at hand")
-def test_compiled_layers_give_the_same_step_and_compile_once_for_all_layers_and_steps():
+def test_compiled_layers_give_the_same_step_and_compile_once_for_all_layers_and_steps(device):
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
-        got, graphs = compiled_or_not(True, n_layer=3, steps=5)
+        got, graphs = compiled_or_not(True, n_layer=3, steps=5, device=device)
         assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 4  # layer 2 has its first label in step 1
-        deeper, more = compiled_or_not(True, n_layer=5, steps=2)
+        deeper, more = compiled_or_not(True, n_layer=5, steps=2, device=device)
         assert more == [graphs[1]] * 2
     torch._dynamo.reset()
-    same(got, compiled_or_not(False, n_layer=3, steps=5)[0], 1e-4)
-    same(deeper, compiled_or_not(False, n_layer=5, steps=2)[0], 1e-4)
+    same(got, compiled_or_not(False, n_layer=3, steps=5, device=device)[0], 1e-4)
+    same(deeper, compiled_or_not(False, n_layer=5, steps=2, device=device)[0], 1e-4)
     assert (got[:, 2] > 1e-4).all()  # the gradient of the scores is there, what flows through w included
