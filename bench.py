@@ -297,8 +297,8 @@ def training_rows(bench):
             case = bench.case(config)
             slow, fast = in_turn([partial(one_step, dense), partial(one_step, case)], bench)
             own = limit_at_attentions_rate(bench, config, attention, slow)
-            note = (f"{fast:.3g} of {slow:.3g} s, {tokens / fast:,.0f} tokens/s; with attention at its own rate "
-                    f"the limit is {own:.3f}")
+            note = (f"{fast:.3g} of {slow:.3g} s, {tokens / fast:,.0f} tokens/s; with attention at its own "
+                    f"rate the limit is {own:.3f}")
             if c["scale"] == "paper":
                 hours = 20_000 * 16 * 1024 / tokens * fast / 3600
                 note += f"; 20,000 steps of 16 x 1024 tokens in {hours:.2f} h"

@@ -1,6 +1,7 @@
 """The study: arms x seeds, judged. `python -m study` runs it; nothing else in the repository imports it.
 
 __main__.py  the command line
+paper.py     the paper's shape on one GPU: tests, speed, a backbone and its arms, in one command
 arms.py      arms become command lines of train.py; which runs may lie in one study
 runner.py    runs them side by side, with the projected minutes first
 tuning.py    the sweep of learning rates

@@ -160,9 +160,10 @@ def refuse_without_packages():
         raise ConfigError(f"a study needs {' and '.join(missing)}; run pip install {' '.join(missing)}")
 
 
-def main():
+def run_words(words):
+    """A study, from the words of its command line."""
     refuse_without_packages()
-    options, words, plugins, config = parse_words(sys.argv[1:])
+    options, words, plugins, config = parse_words(words)
     if options["report_only"]:
         return report_alone(options["report"] or os.path.join("results", config["scale"]))
     folder = study_folder(options, config)
@@ -186,6 +187,10 @@ def main():
     if failed:
         reasons = "; ".join(f"{out}: {reason}" for out, reason in failed.items())
         raise ConfigError(f"{len(failed)} runs failed: {reasons}")
+
+
+def main():
+    run_words(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The sections of a report that are made from what lies beside runs.jsonl: audit.json, tuning.json, tried.md.
+"""The sections of a report that are made from what lies beside runs.jsonl: audit.json, tuning.json, paper.md
+and tried.md.
 """
 import os
 
@@ -21,7 +22,8 @@ def sections(folder):
         except WRONG as error:
             warn(f"{os.path.join(folder, name)}.json: its {section.__name__} are not what python -m study "
                  f"writes ({type(error).__name__}: {error})")
-    text.append(tried(folder))
+    text.append(by_hand(folder, "paper.md", "How it was made"))  # by study/paper.py
+    text.append(by_hand(folder, "tried.md", "Tried"))
     return "\n".join(piece for piece in text if piece)
 
 
@@ -98,10 +100,10 @@ def val_loss(pair):
     return pair[1]
 
 
-def tried(folder):
-    """tried.md is written by hand, what did not help included."""
-    path = os.path.join(folder, "tried.md")
+def by_hand(folder, name, title):
+    """What is written in words. tried.md: by hand, what did not help included."""
+    path = os.path.join(folder, name)
     if not os.path.exists(path):
         return ""
     with open(path, encoding="utf-8") as f:
-        return f"## Tried\n\n{f.read().strip()}\n"
+        return f"## {title}\n\n{f.read().strip()}\n"

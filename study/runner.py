@@ -7,15 +7,18 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
+import torch
+
 import metrics
 import train
 from configurator import HERE
 from gates import LOSSES
+from model import GPT
 from prepare import eval_batch, get_batch
 from runs.backbone import backbone_config, backbone_folder, freeze
-from runs.machine import Machine
+from runs.machine import Machine, compile_layers
 from runs.optim import make_optimizers
-from runs.run import build, open_data
+from runs.run import build, model_config, open_data
 
 # -----------------------------------------------------------------------------
 # how long it will take
@@ -30,34 +33,44 @@ def project(jobs):
     opened = open_data(config, machine)
     meta = opened[1]
     plain = {**config, "mode": "cheap", "lambda_lm": 1.0, "lambda_distill": 0.0}
-    step, evaluation = time_model(plain, machine, opened)
+    step, evaluation, start = time_model(plain, machine, opened)
     speed = step_flops(plain, meta, machine) / step
     seconds = {}
     for out, c in configs.items():
         evaluations = c["max_iters"] / c["eval_interval"] + c["final_eval_iters"] / c["eval_iters"]
         modes = 2 if c["mode"] == "topk" else 1
         training = c["max_iters"] * step_flops(c, meta, machine) / speed
-        seconds[out] = training + evaluations * modes * evaluation + 8
+        seconds[out] = training + evaluations * modes * evaluation + start + 8
     dense, backbone = backbone_config(config, defaults), 0.0
     if dense and not os.path.exists(os.path.join(backbone_folder(dense, meta), "summary.json")):
         backbone = dense["max_iters"] * step_flops(dense, meta, machine) / speed
+    if machine.device == "cuda":
+        torch.cuda.empty_cache()  # the runs need that memory
     return seconds, backbone
 
 
 def step_flops(config, meta, machine):
-    flops = metrics.ledger(build(config, meta, machine), config)
+    if config["plugin"]:
+        model = build(config, meta, machine)
+    else:  # without its memory, and the seconds that the paper's shape takes to fill
+        with torch.device("meta"):
+            model = GPT(model_config(config, meta["vocab_size"]))
+    flops = metrics.ledger(model, config)
     tokens = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
     return (flops["forward"] + flops["backward"]) * tokens
 
 
 def time_model(config, machine, opened):
-    """(seconds of a training step, of an evaluation) of a model of this config with fresh weights."""
+    """(seconds of a training step, of an evaluation, and of what comes before them: compiling) of a model of
+    this config with fresh weights."""
     data, meta = opened
     model = build(config, meta, machine)
     freeze(model, machine)
+    if config["compile"]:
+        compile_layers(model)
     optimizers, times = make_optimizers(model, config), []
     for step in range(4):
-        began = time.time()
+        began = now(machine)
         for micro in range(config["gradient_accumulation_steps"]):
             batch = get_batch(data["train"], config, step, micro, machine)
             with machine.autocast():
@@ -66,11 +79,20 @@ def time_model(config, machine, opened):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        times.append(time.time() - began)
-    began = time.time()
-    rows = eval_batch(data["val"], config, config["eval_iters"])
-    metrics.evaluate_modes(model, config, machine, rows)
-    return min(times), time.time() - began
+        times.append(now(machine) - began)
+    rows, evaluations = eval_batch(data["val"], config, config["eval_iters"]), []
+    for _ in range(1 + config["compile"]):
+        began = now(machine)
+        metrics.evaluate_modes(model, config, machine, rows)
+        evaluations.append(now(machine) - began)
+    return min(times), min(evaluations), times[0] - min(times) + evaluations[0] - min(evaluations)
+
+
+def now(machine):
+    """The time, when everything that was asked of the GPU is done."""
+    if machine.device == "cuda":
+        torch.cuda.synchronize()
+    return time.time()
 
 
 # -----------------------------------------------------------------------------
@@ -116,12 +138,16 @@ class Child:
         return lines[-1] if lines else f"exit code {code}, no output"
 
     def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
+
+
+def end(process):
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
