@@ -257,6 +257,15 @@ def length_sentence(compared):
     return f"**{LENGTH_CLAIM.name}: {verdict}.** {LENGTH_CLAIM.text} ({counts}.)"
 
 
+def leaning(rows):
+    """How many undecided contrasts have the expected sign in all of several seeds, and how many the other.
+    With few seeds hardly anything is decided, and this is what there is to see."""
+    undecided = [row for row in rows if row.verdict == "undecided" and row.contrast.expected and row.same_sign
+                 and len(row.seeds) > 1]
+    for_it = sum(np.sign(row.differences[0]) == row.contrast.expected for row in undecided)
+    return int(for_it), len(undecided) - int(for_it)
+
+
 def listed_of(claim, reading):
     """How many contrasts the claim has under a reading, run or not."""
     return sum(len(CONTRASTS[topic, reading]) for topic in claim.topics)
@@ -269,6 +278,9 @@ def count_verdicts(rows, listed):
         number = sum(row.verdict == verdict for row in rows)
         if number:
             counts.append(f"{number} {verdict}")
+    for_it, against = leaning(rows)
+    if for_it or against:
+        counts[-1] += f" (in all seeds {for_it} for it, {against} against)"
     total = f"{len(rows)} of {listed} contrasts run"
     if len(rows) == listed:
         total = f"{listed} contrast{'s' * (listed > 1)}"

@@ -15,8 +15,8 @@ from study.claims import ANY, CLAIMS, CONTRASTS, PAPER_READINGS, Claim, Contrast
 from study.map import write_map
 from study.pictures import apart
 from study.tables import COLUMNS, write_report
-from study.verdicts import (Group, Judged, compare, judge, judge_group, judge_lengths, overall, sentence,
-                            verdict_of)
+from study.verdicts import (Group, Judged, compare, count_verdicts, judge, judge_group, judge_lengths, overall,
+                            sentence, verdict_of)
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS = 300
@@ -260,6 +260,14 @@ def test_a_claim_without_a_whole_topic_is_not_run():
 def test_part_of_the_contrasts_is_counted_as_part():
     some = {arm: values for arm, values in LOSSES.items() if arm.startswith("g1")}
     assert "4 of 8 contrasts run" in claim_sentence(some)
+
+
+def test_undecided_contrasts_tell_on_which_side_all_their_seeds_are():
+    rows = [judged([1.30, 1.45], [1.5, 1.5], -1), judged([1.5, 1.5], [1.30, 1.45], -1),
+            judged([1.3, 1.5], [1.4, 1.4], -1), judged([1.3], [1.5], -1)]
+    assert {row.verdict for row in rows} == {"undecided"}
+    assert count_verdicts(rows, 4) == "4 contrasts: 4 undecided (in all seeds 1 for it, 1 against)"
+    assert count_verdicts(rows[2:], 4) == "2 of 4 contrasts run: 2 undecided"
 
 
 # -----------------------------------------------------------------------------
