@@ -257,13 +257,14 @@ def length_sentence(compared):
     return f"**{LENGTH_CLAIM.name}: {verdict}.** {LENGTH_CLAIM.text} ({counts}.)"
 
 
-def leaning(rows):
+def count_leaning(rows):
     """How many undecided contrasts have the expected sign in all of several seeds, and how many the other.
     With few seeds hardly anything is decided, and this is what there is to see."""
-    undecided = [row for row in rows if row.verdict == "undecided" and row.contrast.expected and row.same_sign
-                 and len(row.seeds) > 1]
-    for_it = sum(np.sign(row.differences[0]) == row.contrast.expected for row in undecided)
-    return int(for_it), len(undecided) - int(for_it)
+    counts = {"for": 0, "against": 0}
+    for row in rows:
+        if row.verdict == "undecided" and row.contrast.expected and row.same_sign and len(row.seeds) > 1:
+            counts["for" if np.sign(row.differences[0]) == row.contrast.expected else "against"] += 1
+    return counts
 
 
 def listed_of(claim, reading):
@@ -278,9 +279,9 @@ def count_verdicts(rows, listed):
         number = sum(row.verdict == verdict for row in rows)
         if number:
             counts.append(f"{number} {verdict}")
-    for_it, against = leaning(rows)
-    if for_it or against:
-        counts[-1] += f" (in all seeds {for_it} for it, {against} against)"
+    leaning = [f"{number} {side} it in all seeds" for side, number in count_leaning(rows).items() if number]
+    if leaning:
+        counts[-1] += f" ({', '.join(leaning)})"
     total = f"{len(rows)} of {listed} contrasts run"
     if len(rows) == listed:
         total = f"{listed} contrast{'s' * (listed > 1)}"
