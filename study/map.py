@@ -1,6 +1,7 @@
 """results/README.md: the map, claims x regimes, from every results/<scale>/runs.jsonl."""
 import glob
 import os
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
@@ -10,18 +11,18 @@ from study.claims import CLAIMS, LENGTH_CLAIM, READINGS, label_gain
 from study.leaderboard import table
 from study.style import WIDTH, save
 from study.tables import group_title, paragraphs, read_groups, write_text
-from study.verdicts import (claim_verdicts, count_verdicts, judge_group, judge_lengths, length_sentence,
-                            listed_of, rows_of, seeds_of, sentence, verdict_of)
+from study.verdicts import (claim_verdicts, count_leaning, count_verdicts, judge_group, judge_lengths,
+                            length_sentence, listed_of, rows_of, seeds_of, sentence, verdict_of)
 
 COLOURS = {"agree": "#009E73", "disagree": "#D55E00", "mixed": "#E69F00", "undecided": "0.85",
-           "not run": "white"}
+           "not run": "white", "for": "#BFE3D6", "against": "#F5D3BF"}
 GATE_COLOURS = {"g1": "#0072B2", "g3": "#D55E00"}
 HEADING = """# The map: where the claims hold
 
 Each column is a regime: runs that may be compared. Each row is a claim under one reading of the estimator. A
 cell says agree, disagree, mixed or undecided by the rule that stands in every folder's README.md, with the
 number of seeds in brackets and, below, how many of its contrasts say what. "In all seeds" counts the
-undecided contrasts whose seeds all have one sign. Every cell is made from
+undecided contrasts whose seeds all have one sign, and a cell *leans* where these are all on one side. Every cell is made from
 `results/*/runs.jsonl`."""
 
 
@@ -35,15 +36,24 @@ def write_map(results):
                           f"--report={os.path.join(results, 'tiny')} first")
     judged = [judge_group(group) for group in groups]
     titles = [f"`{group.key['scale']}`, {group_title(group)}" for group in groups]
-    rows = [(claim, reading) for claim in CLAIMS for reading in claim.readings]
-    names = [[claim.name, reading] for claim, reading in rows]
-    cells = [[cell_of(claim, reading, of_group) for of_group in judged] for claim, reading in rows]
+    names, cells, absent = [], [], []
+    for claim in CLAIMS:
+        for reading in claim.readings:
+            line = [cell_of(claim, reading, of_group) for of_group in judged]
+            if all(cell.verdict == "not run" for cell in line):
+                absent.append(f"{claim.name} {reading}")
+                continue
+            names.append([claim.name, reading])
+            cells.append(line)
     pictures = [save(draw_map(names, titles, cells), results, "map", "The map: claims x regimes"),
                 save(draw_gains(titles, groups), results, "label_gains",
                      "What labels take off the test loss, one dot a seed: right of 0 they help")]
     lines = [[*name, *map(cell_text, line)] for name, line in zip(names, cells)]
     text = [paragraphs(HEADING), *(f"![{caption}]({image})" for image, caption in pictures),
-            table(["claim", "reading", *titles], lines), notes(results), "## Claim by claim"]
+            table(["claim", "reading", *titles], lines)]
+    if absent:
+        text.append(f"Not run in any regime: {', '.join(absent)}.")
+    text += [notes(results), "## Claim by claim"]
     text += [claim_section(claim, titles, judged) for claim in CLAIMS]
     text.append(lengths(by_folder))
     text.append("## Folders\n\n" + "\n".join(folder_line(folder, results) for folder in by_folder))
@@ -57,19 +67,28 @@ def claim_section(claim, titles, judged):
     return "\n".join([f"### {claim.name}. {claim.text}", "", *(lines or ["Not run."])])
 
 
+class Cell(NamedTuple):
+    verdict: str
+    seeds: str = ""
+    counts: str = ""
+    leaning: str = ""  # of an undecided cell: for or against, where all contrasts of one sign are on one side
+
+
 def cell_of(claim, reading, judged):
-    """(verdict, seeds, counts)"""
     rows = rows_of(claim, reading, judged)
     if not rows:
-        return "not run", "", ""
-    return verdict_of(rows), seeds_of(rows), count_verdicts(rows, listed_of(claim, reading))
+        return Cell("not run")
+    verdict, sides = verdict_of(rows), count_leaning(rows)
+    leaning = ""
+    if verdict == "undecided" and (sides["for"] > 0) != (sides["against"] > 0):
+        leaning = max(sides, key=sides.get)
+    return Cell(verdict, seeds_of(rows), count_verdicts(rows, listed_of(claim, reading)), leaning)
 
 
 def cell_text(cell):
-    verdict, seeds, counts = cell
-    if verdict == "not run":
+    if cell.verdict == "not run":
         return "-"
-    return f"**{verdict}** ({seeds})<br>{counts}"
+    return f"**{cell.verdict}** ({cell.seeds})<br>{cell.counts}"
 
 
 def folder_line(folder, results):
@@ -125,10 +144,12 @@ def draw_map(names, titles, cells):
     width, height = max(5.0, min(WIDTH, 2.4 + 1.7 * len(titles))), 1.2 + 0.24 * len(names)
     figure, axis = plt.subplots(figsize=(width, height), dpi=80, layout="constrained")
     for y, line in enumerate(cells):
-        for x, (verdict, seeds, _) in enumerate(line):
-            axis.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=COLOURS[verdict], edgecolor="white"))
-            if seeds:
-                words = f"{verdict} ({seeds})"
+        for x, cell in enumerate(line):
+            colour, words = COLOURS[cell.verdict], f"{cell.verdict} ({cell.seeds})"
+            if cell.leaning:
+                colour, words = COLOURS[cell.leaning], f"undecided, leans {cell.leaning} ({cell.seeds})"
+            axis.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white"))
+            if cell.verdict != "not run":
                 axis.annotate(words, (x + 0.5, y + 0.5), ha="center", va="center", fontsize=7)
     axis.set_xlim(0, len(titles))
     axis.set_ylim(len(names), 0)
