@@ -22,8 +22,8 @@ HEADING = """# The map: where the claims hold
 Each column is a regime: runs that may be compared. Each row is a claim under one reading of the estimator. A
 cell says agree, disagree, mixed or undecided by the rule that stands in every folder's README.md, with the
 number of seeds in brackets and, below, how many of its contrasts say what. "In all seeds" counts the
-undecided contrasts whose seeds all have one sign, and a cell *leans* where these are all on one side. Every cell is made from
-`results/*/runs.jsonl`."""
+undecided contrasts whose seeds all have one sign, and a cell *leans* where these are all on one side. Every
+cell is made from `results/*/runs.jsonl`."""
 
 
 def write_map(results):

@@ -5,11 +5,12 @@ from configurator import ConfigError
 from metrics import DEAD
 from runs.files import write_whole
 from study import beside, pictures
-from study.claims import CLAIMS, RULE
+from study.claims import CLAIMS, GATES, MUON, READINGS, RULE, label_gain
 from study.leaderboard import OWN_LINE, STEPS, difference_rule, fmt, leaderboard, table
 from study.measures import by_group
 from study.records import read_records
-from study.verdicts import Group, anchor_shares, judge_group, judge_lengths, length_sentence, sentence
+from study.verdicts import (Group, anchor_shares, gains_at_equal_cost, judge_group, judge_lengths,
+                            length_sentence, sentence)
 
 COLUMNS = {
     "test_loss": "Test LM, `threshold`", "val_loss": "Val LM, `threshold`",
@@ -124,7 +125,8 @@ def group_section(group, images):
              f"seed {key['backbone_seed']} (identity {key['identity']}), training text {key['data']}, cheap "
              f"rank {key['cheap_rank']}, controlled layers {key['controlled']}.", "", "### Leaderboard", "",
              leaderboard(group), difference_rule(group), OWN_LINE, "### Claim by claim", "", *sentences,
-             *anchor_lines(group), "", "### Verdicts", "", verdict_table(group, judged), "### Pictures", "",
+             *anchor_lines(group), "", "### Verdicts", "", verdict_table(group, judged), equal_cost(group),
+             "### Pictures", "",
              *links, score_health(group)]
     return "\n".join(lines)
 
@@ -140,6 +142,28 @@ def anchor_lines(group):
                          f"{values} "
                          f"for {gate} (seeds {seeds}).")
     return lines
+
+
+def equal_cost(group):
+    """The paper's own argument against labels is their cost."""
+    rows = []
+    for reading in (*READINGS, MUON):
+        for gate in GATES:
+            gains = gains_at_equal_cost(group, *label_gain(gate, reading)).values()
+            if gains:
+                rows.append([gate, reading, *map(signed, zip(*gains))])
+    if not rows:
+        return ""
+    return "\n".join(["### What labels gain for their cost", "",
+                      "Val loss without labels minus with off-policy labels, each seed; above 0 labels help. "
+                      "At equal training FLOPs the run with labels is read where it has cost what the whole "
+                      "run without them did. Its learning rate has not come down there yet, which is to its "
+                      "disadvantage. No verdict hangs on this table.", "",
+                      table(["gate", "reading", "at equal steps", "at equal training FLOPs"], rows)])
+
+
+def signed(numbers):
+    return ", ".join(f"{number:+.4f}" for number in numbers)
 
 
 def verdict_table(group, judged):

@@ -175,6 +175,22 @@ def anchor_shares(group, gate):
     return shares
 
 
+def gains_at_equal_cost(group, bare, labelled):
+    """What labels take off the last val loss: {seed: (at equal steps, at equal training FLOPs)}. For the
+    second the labelled run is read where it has cost what the whole run without labels did."""
+    gains = {}
+    for seed in group.seeds:
+        pair = [group.arms.get(arm, {}).get(seed) for arm in (bare, labelled)]
+        if None in pair:
+            continue
+        ratios = [record["flops"]["train_ratio"] for record in pair]
+        plain, curve = ([(step, loss) for step, loss, _ in record["evaluations"]] for record in pair)
+        step = min(1.0, ratios[0] / ratios[1]) * group.max_iters
+        at_equal_flops = float(np.interp(step, *zip(*curve)))
+        gains[seed] = plain[-1][1] - curve[-1][1], plain[-1][1] - at_equal_flops
+    return gains
+
+
 # -----------------------------------------------------------------------------
 # from the verdicts of contrasts to a claim's, and to its sentence
 

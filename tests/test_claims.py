@@ -15,8 +15,8 @@ from study.claims import ANY, CLAIMS, CONTRASTS, PAPER_READINGS, Claim, Contrast
 from study.map import write_map
 from study.pictures import apart
 from study.tables import COLUMNS, write_report
-from study.verdicts import (Group, Judged, compare, count_verdicts, judge, judge_group, judge_lengths, overall,
-                            sentence, verdict_of)
+from study.verdicts import (Group, Judged, compare, count_verdicts, gains_at_equal_cost, judge, judge_group,
+                            judge_lengths, overall, sentence, verdict_of)
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS = 300
@@ -268,6 +268,17 @@ def test_undecided_contrasts_tell_on_which_side_all_their_seeds_are():
     assert {row.verdict for row in rows} == {"undecided"}
     assert count_verdicts(rows, 4) == "4 contrasts: 4 undecided (1 for it in all seeds, 1 against it in all seeds)"
     assert count_verdicts(rows[2:], 4) == "2 of 4 contrasts run: 2 undecided"
+
+
+def test_labels_are_weighed_against_their_cost():
+    """At half the price a run without labels is compared with the middle of the run with them."""
+    line = [(0, 2.0), (STEPS, 1.2)]
+    dear = dict(forward_proxy=1.5, train_ratio=1.0, inference_ratio=0.8)
+    group = Group([record("g1_no_utilrank", 0, 1.5, [(0, 2.0), (STEPS, 1.5)]),
+                   {**record("g1_full_aux", 0, 1.2, line), "flops": dear}])
+    gains = gains_at_equal_cost(group, "g1_no_utilrank", "g1_full_aux")
+    assert gains == {0: (pytest.approx(0.3), pytest.approx(-0.1))}
+    assert gains_at_equal_cost(group, "g3_no_utilrank", "g3_full_aux") == {}
 
 
 # -----------------------------------------------------------------------------
