@@ -266,7 +266,8 @@ def test_undecided_contrasts_tell_on_which_side_all_their_seeds_are():
     rows = [judged([1.30, 1.45], [1.5, 1.5], -1), judged([1.5, 1.5], [1.30, 1.45], -1),
             judged([1.3, 1.5], [1.4, 1.4], -1), judged([1.3], [1.5], -1)]
     assert {row.verdict for row in rows} == {"undecided"}
-    assert count_verdicts(rows, 4) == "4 contrasts: 4 undecided (1 for it in all seeds, 1 against it in all seeds)"
+    both = "1 for it in all seeds, 1 against it in all seeds"
+    assert count_verdicts(rows, 4) == f"4 contrasts: 4 undecided ({both})"
     assert count_verdicts(rows[2:], 4) == "2 of 4 contrasts run: 2 undecided"
 
 
