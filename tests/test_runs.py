@@ -542,7 +542,13 @@ def test_two_processes_give_the_losses_of_one_with_one_log_and_one_checkpoint(te
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
     assert [r["step"] for r in log_of(tmp_path / "two" / RUN)] == [r["step"] for r in log_of(RUN)]
     a, b = (checkpoint_of(f / RUN)["model"] for f in (tmp_path / "one", tmp_path / "two"))
-    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+    # Under ste_norm a shift of all scores changes nothing. So the gradient of that bias is rounding, which Adam
+    # scales up, and the threshold moves with it.
+    shifts = [k for k in a if k.endswith((".scorer.2.bias", ".threshold"))]
+    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a if k not in shifts)
+    for layer in (1, 2):
+        above = [m[f"h.{layer}.threshold"] - m[f"h.{layer}.gate.scorer.2.bias"] for m in (a, b)]
+        assert torch.allclose(*above, atol=1e-3)
     assert len(re.findall("^step 3/4", out, re.M)) == 2  # the backbone's and the run's, not twice that
 
 
