@@ -15,7 +15,7 @@ from study.verdicts import (claim_verdicts, count_leaning, count_verdicts, judge
                             length_sentence, listed_of, rows_of, seeds_of, sentence, verdict_of)
 
 COLOURS = {"agree": "#009E73", "disagree": "#D55E00", "mixed": "#E69F00", "undecided": "0.85",
-           "not run": "white", "for": "#BFE3D6", "against": "#F5D3BF"}
+           "not run": "white", "for": "#99D8C7", "against": "#EEBF99"}
 GATE_COLOURS = {"g1": "#0072B2", "g3": "#D55E00"}
 HEADING = """# The map: where the claims hold
 
