@@ -39,15 +39,14 @@ from torch.profiler import ProfilerActivity, profile
 from configurator import HERE, ConfigError, arm_words, configure, did_you_mean, exit_on_error, load_plugin
 from configurator import parse_file, read_arms
 from gates import Context, Step, active_losses, make_label
-from metrics import StepRecord, ledger
-from model import GPT
+from metrics import StepRecord
 from prepare import get_batch, local_documents, local_files, prepare, stdlib_documents, tokenizer
 from runs.backbone import cast_frozen, freeze
 from runs.files import read_json
 from runs.machine import Machine, compile_layers
 from runs.optim import make_optimizers, set_learning_rate
 from runs.options import validate
-from runs.run import build, model_config
+from runs.run import build, ledger_of
 from sample import new_cache
 from train import configure_run, dense_stream, forward, labelled_layers, labelled_rows
 
@@ -253,9 +252,7 @@ class Bench:
         return Case(config, self.vocab_size)
 
     def ledger(self, config):
-        with torch.device("meta"):
-            model = GPT(model_config(config, self.vocab_size))
-        return ledger(model, config)
+        return ledger_of(config, self.vocab_size)
 
 
 # -----------------------------------------------------------------------------

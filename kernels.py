@@ -130,8 +130,7 @@ class HeadLoss(torch.autograd.Function):
         trained = ctx.needs_input_grad[1]
         dx, total = torch.empty_like(x), 0.0
         dw = torch.zeros_like(weight) if trained else None
-        if torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(torch.get_autocast_dtype(x.device.type))  # once, not once a chunk
+        weight = in_compute_dtype(weight)
         for rows in chunks(len(x), weight, trained):
             hidden = x[rows].to(weight.dtype)
             loss, dlogits = loss_and_gradient(F.linear(hidden, weight), weight, reference[rows])

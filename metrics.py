@@ -1,6 +1,5 @@
 """What is measured of a model besides its loss: FLOPs, gradient norms, the health of scores and predictors,
 and how much of the gap between all-cheap and dense a run closes. Nothing here trains anything."""
-import math
 
 import torch
 import torch.nn.functional as F

@@ -59,6 +59,13 @@ def model_config(config, vocab_size):
     return GPTConfig(**fields, vocab_size=vocab_size)
 
 
+def ledger_of(config, vocab_size):
+    """metrics.ledger of a config, without a model's memory and the seconds that its weights take to fill."""
+    with torch.device("meta"):
+        model = GPT(model_config(config, vocab_size))
+    return metrics.ledger(model, config)
+
+
 def calibration_rows(data, config, final=False):
     """The rows of training text that set the thresholds: more of them at the end of a run."""
     tokens = CALIBRATION_TOKENS["at the end" if final else "on the way"]

@@ -13,12 +13,11 @@ import metrics
 import train
 from configurator import HERE
 from gates import LOSSES
-from model import GPT
 from prepare import eval_batch, get_batch
 from runs.backbone import backbone_config, backbone_folder, freeze
 from runs.machine import Machine, compile_layers
 from runs.optim import make_optimizers
-from runs.run import build, model_config, open_data
+from runs.run import build, ledger_of, open_data
 
 # -----------------------------------------------------------------------------
 # how long it will take
@@ -50,12 +49,10 @@ def project(jobs):
 
 
 def step_flops(config, meta, machine):
-    if config["plugin"]:
-        model = build(config, meta, machine)
-    else:  # without its memory, and the seconds that the paper's shape takes to fill
-        with torch.device("meta"):
-            model = GPT(model_config(config, meta["vocab_size"]))
-    flops = metrics.ledger(model, config)
+    if config["plugin"]:  # a gate of a fork need not work without memory
+        flops = metrics.ledger(build(config, meta, machine), config)
+    else:
+        flops = ledger_of(config, meta["vocab_size"])
     tokens = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
     return (flops["forward"] + flops["backward"]) * tokens
 

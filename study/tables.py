@@ -126,8 +126,7 @@ def group_section(group, images):
              f"rank {key['cheap_rank']}, controlled layers {key['controlled']}.", "", "### Leaderboard", "",
              leaderboard(group), difference_rule(group), OWN_LINE, "### Claim by claim", "", *sentences,
              *anchor_lines(group), "", "### Verdicts", "", verdict_table(group, judged), equal_cost(group),
-             "### Pictures", "",
-             *links, score_health(group)]
+             "### Pictures", "", *links, score_health(group)]
     return "\n".join(lines)
 
 
@@ -162,8 +161,8 @@ def equal_cost(group):
                       table(["gate", "reading", "at equal steps", "at equal training FLOPs"], rows)])
 
 
-def signed(numbers):
-    return ", ".join(f"{number:+.4f}" for number in numbers)
+def signed(numbers, digits=4):
+    return ", ".join(f"{number:+.{digits}f}" for number in numbers)
 
 
 def verdict_table(group, judged):
@@ -188,9 +187,9 @@ def contrast_cells(row, max_iters):
         ratio = f"{sum(row.values_b.values()) / sum(row.values_a.values()):.2f}"
     if row.p_holm is not None:
         p = f"{row.p_holm:.2g}"
-    differences = ", ".join(f"{difference:+.{digits}f}" for difference in row.differences)
     return [metric, arm_text(a), arm_text(b), claimed, side_text(row.values_a, metric, max_iters),
-            side_text(row.values_b, metric, max_iters), differences, interval, ratio, p, f"**{row.verdict}**"]
+            side_text(row.values_b, metric, max_iters), signed(row.differences, digits), interval, ratio, p,
+            f"**{row.verdict}**"]
 
 
 def arm_text(arm):
