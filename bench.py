@@ -38,17 +38,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from configurator import HERE, ConfigError, arm_words, configure, did_you_mean, exit_on_error, load_plugin
 from configurator import parse_file, read_arms
-from gates import Context, Step, active_losses, make_label
-from metrics import StepRecord
+from gates import Context, Step, make_label
 from prepare import get_batch, local_documents, local_files, prepare, stdlib_documents, tokenizer
 from runs.backbone import cast_frozen, freeze
 from runs.files import read_json
 from runs.machine import Machine, compile_layers
-from runs.optim import make_optimizers, set_learning_rate
+from runs.optim import make_optimizers
 from runs.options import validate
 from runs.run import build, ledger_of
 from sample import new_cache
-from train import configure_run, dense_stream, forward, labelled_layers, labelled_rows
+from train import configure_run, dense_stream, labelled_rows, train_step
 
 OPTIONS = dict(
     rows="",  # by default all but profile
@@ -130,17 +129,16 @@ class Case:
         for block in self.model.h:
             if block.controlled:  # cheap starts at zero, and timings should not
                 torch.nn.init.normal_(block.cheap.c_proj.weight, std=0.02)
-        self.losses = active_losses(self.config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(self.model, self.config)
         rows = config["batch_size"] * config["gradient_accumulation_steps"]
         tokens = max(rows * (config["block_size"] + 1), 20_000)
-        self.data = np.random.default_rng(0).integers(0, vocab_size, tokens).astype(np.uint16)
-        self.batch = get_batch(self.data, self.config, 0, 0, self.machine)
+        self.data = {"train": np.random.default_rng(0).integers(0, vocab_size, tokens).astype(np.uint16)}
+        self.batch = get_batch(self.data["train"], self.config, 0, 0, self.machine)
         self.context = Context(self.batch.tokens, self.batch.row_seeds)
         if config["compile"]:
             compile_layers(self.model)
-        self.steps = 0
+        self.step = 0
 
     def served(self):
         """The same for inference: nothing trains, so every matrix is in the compute dtype."""
@@ -166,26 +164,9 @@ class Case:
 
 
 def one_step(case):
-    """A training step as the loop of train.py takes it, on a step that logs nothing -> its losses."""
-    model, config, machine = case.model, case.config, case.machine
-    record = StepRecord(model, config, machine, logged=False)
-    for micro in range(config["gradient_accumulation_steps"]):
-        batch = get_batch(case.data, config, case.steps, micro, machine)
-        with machine.autocast():
-            step = forward(model, config, batch, labelled_layers(config, case.steps))
-            losses = {name: loss(step) for name, loss in case.losses.items()}
-            record.before_backward(step, losses)
-        loss = sum(config[f"lambda_{name}"] * value for name, value in losses.items()) / record.slices
-        loss.backward()
-        record.after_backward(step)
-    set_learning_rate(case.optimizers, config, case.steps)
-    values = record.values(case.trained, case.optimizers)
-    if config["grad_clip"]:
-        torch.nn.utils.clip_grad_norm_(case.trained, config["grad_clip"])
-    for optimizer in case.optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    case.steps += 1
+    """A training step of train.py that logs nothing -> its losses."""
+    values = train_step(case, logged=False)
+    case.step += 1
     return values["losses"]
 
 
@@ -299,7 +280,7 @@ def training_rows(bench):
             if c["scale"] == "paper":
                 hours = 20_000 * 16 * 1024 / tokens * fast / 3600
                 note += f"; 20,000 steps of 16 x 1024 tokens in {hours:.2f} h"
-            part = 1.08 if "distill" in case.losses else 1.05
+            part = 1.08 if case.config["lambda_distill"] else 1.05
             limit = bench.ledger(config)["train_ratio"]
             yield Row(f"step of {arm} vs dense step, {dtype}", fast / slow, limit,
                       aim_for(arm, c, part, at_most=True), note)

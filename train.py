@@ -131,9 +131,8 @@ def train(config, machine, backbone=None):
     if run.summary:
         machine.print(f"{run.folder} is finished already; --overwrite runs it again")
         return run.summary
-    model, losses_of = run.model, active_losses(config)
     if config["compile"]:
-        compile_layers(model)
+        compile_layers(run.model)
 
     while True:
         if run.wants_evaluation():
@@ -144,30 +143,40 @@ def train(config, machine, backbone=None):
         if run.wants_allocation():
             run.allocate()
 
-        # One step. Its random numbers, a plugin's included, are a function of (seed, step): a resume needs no
-        # saved state, and evaluating more often changes nothing.
+        # Random numbers, a plugin's included, are a function of (seed, step): a resume needs no saved state,
+        # and evaluating more often changes nothing.
         began = time.time()
         torch.manual_seed((config["seed"] * 1_000_003 + run.step) % 2 ** 63)
-        record = StepRecord(model, config, machine, logged=run.step % config["log_interval"] == 0)
-        for micro in range(config["gradient_accumulation_steps"]):
-            batch = get_batch(run.data["train"], config, run.step, micro, machine)
-            with machine.autocast():
-                step = forward(model, config, batch, labelled_layers(config, run.step))
-                losses = {name: loss(step) for name, loss in losses_of.items()}
-                record.before_backward(step, losses)
-            loss = sum(config[f"lambda_{name}"] * value for name, value in losses.items()) / record.slices
-            loss.backward()
-            record.after_backward(step)
-        machine.sum([p.grad for p in run.trained if p.grad is not None])
-        set_learning_rate(run.optimizers, config, run.step)
-        values = record.values(run.trained, run.optimizers)
-        if config["grad_clip"]:
-            torch.nn.utils.clip_grad_norm_(run.trained, config["grad_clip"])
-        for optimizer in run.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        run.stepped(values, record.logged, began)
+        logged = run.step % config["log_interval"] == 0
+        values = train_step(run, logged)
+        run.stepped(values, logged, began)
     return run.finish()
+
+
+def train_step(run, logged):
+    """One step of a run: gradients over all slices of the batch, then the optimizers -> what the step says of
+    itself, see metrics.StepRecord."""
+    model, config, machine = run.model, run.config, run.machine
+    losses_of, labelled = active_losses(config), labelled_layers(config, run.step)
+    record = StepRecord(model, config, machine, logged)
+    for micro in range(config["gradient_accumulation_steps"]):
+        batch = get_batch(run.data["train"], config, run.step, micro, machine)
+        with machine.autocast():
+            step = forward(model, config, batch, labelled)
+            losses = {name: loss(step) for name, loss in losses_of.items()}
+            record.before_backward(step, losses)
+        loss = sum(config[f"lambda_{name}"] * value for name, value in losses.items()) / record.slices
+        loss.backward()
+        record.after_backward(step)
+    machine.sum([p.grad for p in run.trained if p.grad is not None])
+    set_learning_rate(run.optimizers, config, run.step)
+    values = record.values(run.trained, run.optimizers)
+    if config["grad_clip"]:
+        torch.nn.utils.clip_grad_norm_(run.trained, config["grad_clip"])
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return values
 
 
 def find_backbone(config, defaults, machine):

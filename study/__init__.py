@@ -10,7 +10,7 @@ measures.py  which records may be compared, against which references, and what i
 audit.py     labels against exact flips, the ceiling, one checkpoint at other budgets
 claims.py    the rule and the claims, as contrasts listed beforehand
 verdicts.py  from records to verdicts and their sentences
-tables.py    a results folder's README.md; leaderboard.py and beside.py are two of its sections
+report.py    a results folder's README.md; leaderboard.py, details.py and beside.py make its tables and pages
 map.py       results/README.md: claims x regimes
 pictures.py  the pictures; lines.py, style.py: those over steps, and how all of them look
 """

@@ -109,7 +109,7 @@ def run_tuning(arms, folder, report, jobs):
 def make_report(folder):
     """The folder's README.md and pictures; the map above it where it is one of results/."""
     from study.map import write_map  # matplotlib and scipy are needed from here on only
-    from study.tables import write_report
+    from study.report import write_report
     write_report(folder)
     above = os.path.dirname(os.path.normpath(folder))
     if os.path.basename(above) == "results":

@@ -1,6 +1,4 @@
-"""The sections of a report that are made from what lies beside runs.jsonl: audit.json, tuning.json, paper.md
-and tried.md.
-"""
+"""What a report says of the files beside runs.jsonl: audit.json, tuning.json, paper.md and tried.md."""
 import os
 
 from configurator import ConfigError
@@ -12,19 +10,32 @@ from study.records import WRONG, warn
 TRUTH = "~ flip_routed_later"  # one token flipped, the later layers re-routed, all later losses counted
 
 
-def sections(folder):
-    """All of them as one text; a broken file is named and left out."""
-    text = []
-    for section, name in ((audit_labels, "audit"), (audit_ceiling, "audit"), (audit_curves, "audit"),
-                          (tuning, "tuning")):
+def audit(folder):
+    """audit.md as one text; empty without audit.json. A broken file is named and left out."""
+    pieces = read_sections(folder, "audit", (audit_labels, audit_ceiling, audit_curves))
+    if not pieces:
+        return ""
+    return "\n".join(["# Questions to finished runs", "", "Made by `python -m study.audit`.", "", *pieces])
+
+
+def readme_sections(folder):
+    """What was tuned and tried, as one text."""
+    pieces = read_sections(folder, "tuning", (tuning,))
+    pieces.append(by_hand(folder, "paper.md", "How it was made"))  # by study/paper.py
+    pieces.append(by_hand(folder, "tried.md", "Tried"))
+    return "\n".join(piece for piece in pieces if piece)
+
+
+def read_sections(folder, name, sections):
+    """The sections that are made from <name>.json; a broken one is named and left out."""
+    content, pieces = read_beside(folder, name), []
+    for section in sections:
         try:
-            text.append(section(read_beside(folder, name), folder))
+            pieces.append(section(content, folder))
         except WRONG as error:
             warn(f"{os.path.join(folder, name)}.json: its {section.__name__} are not what python -m study "
                  f"writes ({type(error).__name__}: {error})")
-    text.append(by_hand(folder, "paper.md", "How it was made"))  # by study/paper.py
-    text.append(by_hand(folder, "tried.md", "Tried"))
-    return "\n".join(piece for piece in text if piece)
+    return [piece for piece in pieces if piece]
 
 
 def read_beside(folder, name):

@@ -153,44 +153,62 @@ CONTRASTS = list_contrasts()
 
 class Claim(NamedTuple):
     name: str
+    title: str  # on the map
     text: str
     topics: tuple
     readings: tuple
 
 
 CLAIMS = [
-    Claim("C1", "Under full aux G3 beats G1 early to mid training: lower average LM, faster hits, about "
+    Claim("C1", "G3 ahead of G1 with labels",
+          "Under full aux G3 beats G1 early to mid training: lower average LM, faster hits, about "
           "10.3x lower gradient norms; the endpoint LM is within 0.005.",
           ("early", "average", "gradient", "endpoint"), (*READINGS, MUON)),
-    Claim("C2", "Removing util and rank together improves best LM, average LM and the speed of hits, for "
+    Claim("C2", "removing labels helps",
+          "Removing util and rank together improves best LM, average LM and the speed of hits, for "
           "both gates.", ("removing labels",), (*READINGS, MUON)),
-    Claim("C3", "Without util and rank the early advantage of G3 over G1 disappears: it is there with them, "
+    Claim("C3", "no G3 lead without labels",
+          "Without util and rank the early advantage of G3 over G1 disappears: it is there with them, "
           "and without them there is no difference.", ("early", "without labels"), (*READINGS, MUON)),
-    Claim("C4", "Removing util and rank cuts the training FLOPs (the paper's proxy: from 1.53x to 1.07x) and "
+    Claim("C4", "removing labels saves cost",
+          "Removing util and rank cuts the training FLOPs (the paper's proxy: from 1.53x to 1.07x) and "
           "the time (by 39%).", ("cost of labels",), (*READINGS, MUON)),
-    Claim("C5", "Without the JEPA loss the predictor collapses.", ("predictor",), ("ste_norm",)),
-    Claim("C6", "Results are insensitive to lambda_jepa in {0.25, 1, 2}.", ("lambda_jepa",), ("ste_norm",)),
-    Claim("C7", "The off-policy label mismatches what gated execution rewards. Our test: on-policy labels do "
+    Claim("C5", "no JEPA loss, no predictor",
+          "Without the JEPA loss the predictor collapses.", ("predictor",), ("ste_norm",)),
+    Claim("C6", "JEPA's weight is no matter",
+          "Results are insensitive to lambda_jepa in {0.25, 1, 2}.", ("lambda_jepa",), ("ste_norm",)),
+    Claim("C7", "off-policy labels misfit",
+          "The off-policy label mismatches what gated execution rewards. Our test: on-policy labels do "
           "better, which is H2; the label audit stands beside it.", ("on-policy",), READINGS),
-    Claim("C8", "At a 25% budget the sign of G3 over G1 reverses: G3 is ahead early at 50% and behind at "
+    Claim("C8", "at 25% the sign turns",
+          "At a 25% budget the sign of G3 over G1 reverses: G3 is ahead early at 50% and behind at "
           "25%.",
           ("early", "quarter"), ("ste_norm",)),
-    Claim("H0", "Learned gates beat a static choice of layers at the same budget, with the same losses.",
+    Claim("H0", "learned beats whole layers",
+          "Learned gates beat a static choice of layers at the same budget, with the same losses.",
           ("static",), (*READINGS, MUON, DISTILLED, QUARTER)),
-    Claim("H1", "What labels add depends on the estimator being alive: they gain more under `ste` than under "
+    Claim("H1", "labels gain most at dead gates",
+          "What labels add depends on the estimator being alive: they gain more under `ste` than under "
           "`ste_norm`, under `scaled`, and under `ste` with the anchor.", ("alive",), (ANY,)),
-    Claim("H2", "On-policy labels beat off-policy labels.", ("on-policy",), READINGS),
-    Claim("H2b", "On-policy labels against the frozen model's distribution beat those against the next "
+    Claim("H2", "on-policy labels are better",
+          "On-policy labels beat off-policy labels.", ("on-policy",), READINGS),
+    Claim("H2b", "the dense target is better",
+          "On-policy labels against the frozen model's distribution beat those against the next "
           "token.",
           ("dense target",), READINGS),
-    Claim("H3", "Labels at lambda 0.1 are better than at 1, and better than none.", ("lambda 0.1",),
+    Claim("H3", "weight 0.1 beats 1",
+          "Labels at lambda 0.1 are better than at 1, and better than none.", ("lambda 0.1",),
           ("ste_norm",)),
-    Claim("H4", "Under `ste` the anchor, without labels, gives more than half of what labels gain.",
+    Claim("H4", "the anchor gives over half",
+          "Under `ste` the anchor, without labels, gives more than half of what labels gain.",
           ("anchor",), ("ste",)),
-    Claim("H6", "G3 is ahead of G1 early and has smaller score gradients, under each estimator.",
+    Claim("H6", "G3 early, small gradients",
+          "G3 is ahead of G1 early and has smaller score gradients, under each estimator.",
           ("early", "gradient"), (*READINGS, MUON)),
-    Claim("H7", "Distillation helps learned gates more than it helps `static`.", ("distillation",), (ANY,))]
+    Claim("H7", "distillation favours gates",
+          "Distillation helps learned gates more than it helps `static`.", ("distillation",), (ANY,))]
 # H5 compares groups with each other (verdicts.judge_lengths): what a pair's second arm gains over its first.
-LENGTH_CLAIM = Claim("H5", "What labels gain shrinks, or turns, with the length of training.", (), (ANY,))
+LENGTH_CLAIM = Claim("H5", "labels gain less with length",
+                     "What labels gain shrinks, or turns, with the length of training.", (), (ANY,))
 LENGTH_GAINS = [label_gain("g1", "ste_norm"), label_gain("g3", "ste_norm"),
                 ("g1_no_utilrank", "g1_distill_dense"), ("g3_no_utilrank", "g3_distill_dense")]

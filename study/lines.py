@@ -11,6 +11,8 @@ from study.style import BASELINES, WIDTH, families, styles
 
 HEALTH_ARMS = ("g1_ste", "g1_ste_anchor", "g1_no_utilrank", "g1_scaled",
                "g3_ste", "g3_ste_anchor", "g3_no_utilrank", "g3_scaled")
+LENGTH_ARMS = ("static", "g1_no_utilrank", "g3_no_utilrank", "g1_full_aux", "g3_full_aux", "g1_distill_dense",
+               "g3_distill_dense", "best")
 
 
 class Panel:
@@ -160,3 +162,35 @@ def plot_realised(group):
     if "static" in group.arms:
         rows["static"] = [arm for arm in ("static", "random") if arm in group.arms]
     return lines_figure(group, rows, [panel])
+
+
+# -----------------------------------------------------------------------------
+# runs of several lengths on one picture
+
+def plot_lengths(groups):
+    """Groups that differ in their steps: a line for each arm and length, the mean of its seeds."""
+    arms = [arm for arm in LENGTH_ARMS if any(arm in group.arms for group in groups)]
+    drawn = styles(arms)
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(WIDTH, 4), dpi=80, layout="constrained")
+    panels = (over_steps, "steps"), (over_flops, "training FLOPs, in dense steps")
+    for axis, (points, label) in zip(axes, panels):
+        for group in groups:
+            for arm in filter(group.arms.get, arms):
+                colour, dashes = drawn[arm]
+                line = mean_line([points(record) for record in group.arms[arm].values()])
+                axis.plot(*zip(*line), color=colour, ls=dashes, lw=1)
+                axis.plot(*line[-1], "o", ms=3.5, color=colour)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{label}; a dot ends a run", fontsize=8)
+        axis.tick_params(which="both", labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("val LM", fontsize=8)
+    handles = [Line2D([], [], color=colour, ls=dashes, label=arm) for arm, (colour, dashes) in drawn.items()]
+    axes[1].legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3,
+                   frameon=False)
+    return figure
+
+
+def mean_line(lines):
+    """Lines over the same x -> their mean."""
+    return [tuple(map(statistics.fmean, zip(*points))) for points in zip(*lines)]

@@ -8,22 +8,35 @@ from matplotlib.lines import Line2D
 
 from configurator import ConfigError
 from study.claims import CLAIMS, LENGTH_CLAIM, READINGS, label_gain
+from study.details import paragraphs
 from study.leaderboard import table
+from study.report import group_title, read_groups, write_text
 from study.style import WIDTH, save
-from study.tables import group_title, paragraphs, read_groups, write_text
-from study.verdicts import (claim_verdicts, count_leaning, count_verdicts, judge_group, judge_lengths,
-                            length_sentence, listed_of, rows_of, seeds_of, sentence, verdict_of)
+from study.verdicts import count_leaning, judge_group, judge_lengths, rows_of, seeds_of, verdict_of
 
 COLOURS = {"agree": "#009E73", "disagree": "#D55E00", "mixed": "#E69F00", "undecided": "0.85",
            "not run": "white", "for": "#99D8C7", "against": "#EEBF99"}
 GATE_COLOURS = {"g1": "#0072B2", "g3": "#D55E00"}
 HEADING = """# The map: where the claims hold
 
-Each column is a regime: runs that may be compared. Each row is a claim under one reading of the estimator. A
-cell says agree, disagree, mixed or undecided by the rule that stands in every folder's README.md, with the
-number of seeds in brackets and, below, how many of its contrasts say what. "In all seeds" counts the
-undecided contrasts whose seeds all have one sign, and a cell *leans* where these are all on one side. Every
-cell is made from `results/*/runs.jsonl`."""
+Each column is a regime: runs that may be compared. Each row is a claim under one reading of the estimator,
+C1 to C8 the paper's and H0 to H7 ours. A cell says *agree*, *disagree*, *mixed* or *undecided*, by a rule
+that was written before the numbers, and in brackets how many seeds there are. A claim has several
+*contrasts*, differences between two recipes that are judged one by one. An undecided cell *leans* where the
+contrasts whose seeds all agree are all on one side. H5 compares a column with the shorter runs beside it."""
+
+
+class Cell(NamedTuple):
+    verdict: str
+    seeds: str = ""
+    leaning: str = ""  # of an undecided cell: for or against, where all contrasts of one sign are on one side
+
+    def words(self):
+        if self.verdict == "not run":
+            return "-"
+        if self.leaning:
+            return f"undecided, leans {self.leaning} ({self.seeds})"
+        return f"{self.verdict} ({self.seeds})"
 
 
 def write_map(results):
@@ -34,77 +47,65 @@ def write_map(results):
     if not groups:
         raise ConfigError(f"no folder in {results} holds a runs.jsonl with runs; run python -m study "
                           f"--report={os.path.join(results, 'tiny')} first")
-    judged = [judge_group(group) for group in groups]
     titles = [f"`{group.key['scale']}`, {group_title(group)}" for group in groups]
-    names, cells, absent = [], [], []
-    for claim in CLAIMS:
-        for reading in claim.readings:
-            line = [cell_of(claim, reading, of_group) for of_group in judged]
-            if all(cell.verdict == "not run" for cell in line):
-                absent.append(f"{claim.name} {reading}")
-                continue
-            names.append([claim.name, reading])
-            cells.append(line)
+    names, cells, absent = map_cells(groups)
     pictures = [save(draw_map(names, titles, cells), results, "map", "The map: claims x regimes"),
                 save(draw_gains(titles, groups), results, "label_gains",
                      "What labels take off the test loss, one dot a seed: right of 0 they help")]
-    lines = [[*name, *map(cell_text, line)] for name, line in zip(names, cells)]
     text = [paragraphs(HEADING), *(f"![{caption}]({image})" for image, caption in pictures),
-            table(["claim", "reading", *titles], lines)]
+            notes(results), "## The cells",
+            table(["claim", "reading", *titles],
+                  [[*name, *(cell.words() for cell in line)] for name, line in zip(brief(names), cells)])]
     if absent:
         text.append(f"Not run in any regime: {', '.join(absent)}.")
-    text += [notes(results), "## Claim by claim"]
-    text += [claim_section(claim, titles, judged) for claim in CLAIMS]
-    text.append(lengths(by_folder))
-    text.append("## Folders\n\n" + "\n".join(folder_line(folder, results) for folder in by_folder))
+    text += ["## The claims in full",
+             "\n".join(f"- **{claim.name}**: {claim.text}" for claim in (*CLAIMS, LENGTH_CLAIM)),
+             "## Folders", "\n".join(folder_line(folder, results) for folder in by_folder)]
     write_text(os.path.join(results, "README.md"), "\n\n".join(piece for piece in text if piece) + "\n")
     print(f"wrote {os.path.join(results, 'README.md')}")
 
 
-def claim_section(claim, titles, judged):
-    lines = [f"- {title}: {sentence(claim, of_group)}" for title, of_group in zip(titles, judged)
-             if set(claim_verdicts(claim, of_group).values()) != {"not run"}]
-    return "\n".join([f"### {claim.name}. {claim.text}", "", *(lines or ["Not run."])])
+def map_cells(groups):
+    """-> names [(claim, reading)], their lines of Cells, one for each group, and what no group has run."""
+    judged, compared = [judge_group(group) for group in groups], judge_lengths(groups)
+    names, cells, absent = [], [], []
+    for claim in CLAIMS:
+        for reading in claim.readings:
+            name = f"{claim.name} {claim.title}", reading
+            line = [cell_of(rows_of(claim, reading, of_group)) for of_group in judged]
+            if all(cell.verdict == "not run" for cell in line):
+                absent.append(f"{claim.name} {reading}")
+            else:
+                names.append(name)
+                cells.append(line)
+    if compared:
+        names.append((f"{LENGTH_CLAIM.name} {LENGTH_CLAIM.title}", *LENGTH_CLAIM.readings))
+        cells.append([cell_of([row for _, longer, row in compared if longer is group]) for group in groups])
+    return names, cells, absent
 
 
-class Cell(NamedTuple):
-    verdict: str
-    seeds: str = ""
-    counts: str = ""
-    leaning: str = ""  # of an undecided cell: for or against, where all contrasts of one sign are on one side
+def brief(names):
+    """The same with a claim's name in its first line only."""
+    lines, last = [], None
+    for claim, reading in names:
+        lines.append(["", reading] if claim == last else [claim, reading])
+        last = claim
+    return lines
 
 
-def cell_of(claim, reading, judged):
-    rows = rows_of(claim, reading, judged)
+def cell_of(rows):
     if not rows:
         return Cell("not run")
     verdict, sides = verdict_of(rows), count_leaning(rows)
     leaning = ""
     if verdict == "undecided" and (sides["for"] > 0) != (sides["against"] > 0):
         leaning = max(sides, key=sides.get)
-    return Cell(verdict, seeds_of(rows), count_verdicts(rows, listed_of(claim, reading)), leaning)
-
-
-def cell_text(cell):
-    if cell.verdict == "not run":
-        return "-"
-    return f"**{cell.verdict}** ({cell.seeds})<br>{cell.counts}"
+    return Cell(verdict, seeds_of(rows), leaning)
 
 
 def folder_line(folder, results):
     name = os.path.relpath(folder, results)
-    return f"- [{name}]({name}/README.md): every arm, every seed"
-
-
-def lengths(by_folder):
-    lines = [f"### {LENGTH_CLAIM.name}. {LENGTH_CLAIM.text}", ""]
-    for groups in by_folder.values():
-        compared = judge_lengths(groups)
-        if compared:
-            lines.append(f"- `{groups[0].key['scale']}`: {length_sentence(compared)}")
-    if len(lines) == 2:
-        lines.append("Not run.")
-    return "\n".join(lines)
+    return f"- [{name}]({name}/README.md): the leaderboard, every verdict, every seed"
 
 
 def notes(results):
@@ -141,22 +142,22 @@ def draw_gains(titles, groups):
 
 def draw_map(names, titles, cells):
     """The table as coloured cells; the words stand in them, so that no colour has to be told apart."""
-    width, height = max(5.0, min(WIDTH, 2.4 + 1.7 * len(titles))), 1.2 + 0.24 * len(names)
+    width, height = max(5.0, min(WIDTH, 4.0 + 1.7 * len(titles))), 1.2 + 0.24 * len(names)
     figure, axis = plt.subplots(figsize=(width, height), dpi=80, layout="constrained")
     for y, line in enumerate(cells):
         for x, cell in enumerate(line):
-            colour, words = COLOURS[cell.verdict], f"{cell.verdict} ({cell.seeds})"
-            if cell.leaning:
-                colour, words = COLOURS[cell.leaning], f"undecided, leans {cell.leaning} ({cell.seeds})"
+            colour = COLOURS[cell.leaning or cell.verdict]
             axis.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white"))
             if cell.verdict != "not run":
+                words = cell.words().replace("undecided, leans", "leans")
                 axis.annotate(words, (x + 0.5, y + 0.5), ha="center", va="center", fontsize=7)
     axis.set_xlim(0, len(titles))
     axis.set_ylim(len(names), 0)
     axis.set_xticks([x + 0.5 for x in range(len(titles))],
                     [title.replace("`", "").replace(", ", "\n") for title in titles], fontsize=7)
     axis.xaxis.tick_top()
-    axis.set_yticks([y + 0.5 for y in range(len(names))], [" ".join(name) for name in names], fontsize=7)
+    axis.set_yticks([y + 0.5 for y in range(len(names))], [" ".join(name) for name in brief(names)],
+                    fontsize=7)
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)

@@ -23,13 +23,13 @@ CAPTIONS = {
 
 
 def write_group(group, folder, slug):
-    """Every picture of a group -> [(file name, caption)]."""
+    """Every picture of a group -> {picture: (file name, caption)}."""
     figures = {"curves": lines.plot_curves(group), "gap_closed": plot_gap(group), "hits": plot_hits(group),
                "cost_quality": plot_cost(group), "score_health": lines.plot_score_health(group),
                "scores": lines.plot_every_score(group), "gate_gradients": lines.plot_gradients(group),
                "predictors": lines.plot_predictors(group), "realised_budget": lines.plot_realised(group)}
-    return [save(figure, folder, f"{name}_{slug}", CAPTIONS[name])
-            for name, figure in figures.items() if figure]
+    return {name: save(figure, folder, f"{name}_{slug}", CAPTIONS[name])
+            for name, figure in figures.items() if figure}
 
 
 # -----------------------------------------------------------------------------
@@ -169,29 +169,33 @@ def write_budget_curves(curves, folder):
 
 
 def write_lengths(groups, folder):
-    """What labels gain against the steps of the run, one dot a seed, a line through the seeds' mean -> (file
-    name, caption), or None where no gain is known at two lengths. Groups that differ in more than steps stand
-    in different lines."""
+    """For groups of which some are alike in all but their steps -> [(file name, caption)]."""
+    alike = [some for some in alike_but_length(groups) if len(some) > 1]
+    return [save(plot_length_gains(alike), folder, "gain_over_length",
+                 "What labels gain against the length of training, one dot a seed"),
+            save(lines.plot_lengths(alike[0]), folder, "curves_over_length",
+                 "Runs of every length, the mean of their seeds: over steps, and over training FLOPs")]
+
+
+def plot_length_gains(alike):
+    """What labels gain against the steps of the run: one dot a seed, a line through the seeds' mean. Groups
+    that differ in more than steps stand in different lines."""
     figure, axes = plt.subplots(1, len(LENGTH_GAINS), sharey=True, figsize=(WIDTH, 3), dpi=80,
                                 layout="constrained")
-    shown = False
+    lengths = sorted({group.max_iters for some in alike for group in some})
     for axis, gain in zip(axes, LENGTH_GAINS):
-        for place, alike in enumerate(alike_but_length(groups)):
-            shown |= draw_gains(axis, alike, gain, COLOURS[place % len(COLOURS)])
+        for place, some in enumerate(alike):
+            draw_gains(axis, some, gain, COLOURS[place % len(COLOURS)])
         axis.set_title(f"{gain[0]}\n- {gain[1]}", fontsize=8)
         axis.set_xlabel("steps", fontsize=8)
         axis.set_xscale("log")
-        lengths = sorted({group.max_iters for group in groups})
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.minorticks_off()
         axis.axhline(0, color="black", lw=0.8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("gain in test LM", fontsize=8)
-    if shown:
-        return save(figure, folder, "gain_over_length", "What labels gain against the length of training")
-    plt.close(figure)
-    return None
+    return figure
 
 
 def alike_but_length(groups):
@@ -204,7 +208,6 @@ def alike_but_length(groups):
 
 
 def draw_gains(axis, alike, gain, colour):
-    """True where there are two lengths or more."""
     means = []
     for group in alike:
         values = [group.value(gain, seed, "test_loss") for seed in group.seeds]
@@ -214,4 +217,3 @@ def draw_gains(axis, alike, gain, colour):
             means.append((group.max_iters, statistics.fmean(values)))
     if means:
         axis.plot(*zip(*means), color=colour, lw=1)
-    return len(means) > 1

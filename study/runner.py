@@ -6,14 +6,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import torch
 
 import metrics
 import train
 from configurator import HERE
-from gates import LOSSES
-from prepare import eval_batch, get_batch
+from prepare import eval_batch
 from runs.backbone import backbone_config, backbone_folder, freeze
 from runs.machine import Machine, compile_layers
 from runs.optim import make_optimizers
@@ -65,17 +65,13 @@ def time_model(config, machine, opened):
     freeze(model, machine)
     if config["compile"]:
         compile_layers(model)
-    optimizers, times = make_optimizers(model, config), []
-    for step in range(4):
+    run = SimpleNamespace(model=model, config=config, machine=machine, data=data, step=0,
+                          trained=[p for p in model.parameters() if p.requires_grad],
+                          optimizers=make_optimizers(model, config))
+    times = []
+    for run.step in range(4):
         began = now(machine)
-        for micro in range(config["gradient_accumulation_steps"]):
-            batch = get_batch(data["train"], config, step, micro, machine)
-            with machine.autocast():
-                loss = LOSSES["lm"](train.forward(model, config, batch, set()))
-            loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        train.train_step(run, logged=False)
         times.append(now(machine) - began)
     rows, evaluations = eval_batch(data["val"], config, config["eval_iters"]), []
     for _ in range(1 + config["compile"]):

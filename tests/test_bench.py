@@ -120,7 +120,7 @@ def test_a_step_is_the_step_of_train(arm, place):
     go("train", *words)
     config, _ = configure_run(words)
     case = bench.Case(config, 257)
-    case.data = load_data("tiny", config["block_size"])[0]["train"]
+    case.data = load_data("tiny", config["block_size"])[0]
     for weights in weights_of("backbone", "ckpt"), weights_of(arm, "ckpt-0"):
         case.model.load_state_dict(weights, strict=False)
     losses = [bench.one_step(case) for _ in range(3)]

@@ -11,10 +11,11 @@ from scipy import stats
 
 from configurator import ConfigError, read_arms
 from study import pictures
-from study.claims import ANY, CLAIMS, CONTRASTS, PAPER_READINGS, Claim, Contrast
+from study.claims import CLAIMS, CONTRASTS, PAPER_READINGS, Claim, Contrast
+from study.details import COLUMNS
 from study.map import write_map
 from study.pictures import apart
-from study.tables import COLUMNS, write_report
+from study.report import write_report
 from study.verdicts import (Group, Judged, compare, count_verdicts, gains_at_equal_cost, judge, judge_group,
                             judge_lengths, overall, sentence, verdict_of)
 
@@ -225,7 +226,7 @@ def test_a_claim_is_what_its_contrasts_are(verdicts, together):
     ("not run", "disagree", "disagree under scaled only"),
     ("agree", "disagree", "agree under ste_norm, disagree under scaled"), ("not run", "not run", "not run")])
 def test_a_verdict_under_one_reading_only_is_called_so(ste_norm, scaled, verdict):
-    claim = Claim("C9", "", (), PAPER_READINGS)
+    claim = Claim("C9", "", "", (), PAPER_READINGS)
     assert overall(claim, {"ste_norm": ste_norm, "scaled": scaled, "ste": "agree"}) == verdict
 
 
@@ -299,8 +300,8 @@ def study_records(max_iters=STEPS, better=0.0, seeds=range(3)):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take most of a report's time; the tests that need none of them leave them out."""
-    monkeypatch.setattr(pictures, "write_group", lambda group, folder, slug: [])
-    monkeypatch.setattr(pictures, "write_lengths", lambda groups, folder: None)
+    monkeypatch.setattr(pictures, "write_group", lambda group, folder, slug: {})
+    monkeypatch.setattr(pictures, "write_lengths", lambda groups, folder: [])
 
 
 def write_runs(folder, records):
@@ -309,9 +310,14 @@ def write_runs(folder, records):
 
 
 def report(folder, records):
+    """-> {page: its text}"""
     write_runs(folder, records)
     write_report(str(folder))
-    return (folder / "README.md").read_text()
+    return pages(folder)
+
+
+def pages(folder):
+    return {path.name: path.read_text() for path in folder.glob("*.md")}
 
 
 def section(text, title):
@@ -321,29 +327,33 @@ def section(text, title):
 
 
 def test_a_report_shows_every_seed_the_leaderboard_and_dead_gates(tmp_path):
-    text = report(tmp_path, study_records())
-    board = section(text, "### Leaderboard").splitlines()
+    pages = report(tmp_path, study_records())
+    board = section(pages["README.md"], "## 300 steps").splitlines()
     names = [line.split("`")[1] for line in board if line.startswith("| `")]
     assert names == ["full_adapter", "g1_full_aux", "g1_no_utilrank", "g1_ste", "cheap_only"]  # by gap closed
     [line] = [line for line in board if "`g1_full_aux`" in line]
     for cell in ("1.3120 (1.3000, 1.3120, 1.3240)", "81.3%", "33.3%", "0, 1, 2", "abcdef0"):
         assert f"| {cell} |" in line
-    assert "`g1_ste` seed 1: dead in layers 2." in text and "`g1_full_aux` seed 1: dead" not in text
-    assert "python -m study --plugin=my_gate.py --arms=my_gate" in text
-    for name in ("curves", "gap_closed", "hits", "cost_quality", "score_health", "gate_gradients",
-                 "realised_budget"):
-        assert f"({name}_300_steps.png)" in text
-        assert (tmp_path / f"{name}_300_steps.png").stat().st_size < 100_000
-    assert "predictors_300_steps" not in text  # there is no g3
+    assert "python -m study --plugin=my_gate.py --arms=my_gate" in pages["README.md"]
+    details = pages["every_seed.md"]
+    assert "`g1_ste` seed 1: dead in layers 2." in details and "`g1_full_aux` seed 1: dead" not in details
+    for page, names in (("README.md", ("curves", "gap_closed", "cost_quality")),
+                        ("every_seed.md", ("hits", "score_health", "gate_gradients", "realised_budget"))):
+        for name in names:
+            assert f"({name}_300_steps.png)" in pages[page]
+            assert (tmp_path / f"{name}_300_steps.png").stat().st_size < 100_000
+    assert not (tmp_path / "predictors_300_steps.png").exists()  # there is no g3
+    assert sorted(pages) == ["README.md", "every_seed.md", "verdicts.md"]
 
 
 def test_two_groups_stand_apart_and_only_h5_compares_them(tmp_path, no_pictures):
     """The longer runs alone say what they say beside the shorter ones; H5 pairs the gains by seed."""
     long = study_records(1200, better=0.05)
     alone = report(tmp_path / "alone", long)
-    text = report(tmp_path / "both", [*study_records(), *long])
-    assert section(text, "## 1,200 steps") == section(alone, "## 1,200 steps")
-    assert "## H5" in text and "## H5" not in alone
+    both = report(tmp_path / "both", [*study_records(), *long])
+    for page in ("README.md", "every_seed.md"):
+        assert section(both[page], "## 1,200 steps") == section(alone[page], "## 1,200 steps")
+    assert "## H5" in both["verdicts.md"] and "## H5" not in alone["verdicts.md"]
     groups = [Group(study_records()), Group(long)]
     [(shorter, longer, row)] = judge_lengths(groups)
     assert (shorter.max_iters, longer.max_iters) == (300, 1200)
@@ -362,10 +372,10 @@ def test_distilled_arms_say_which_references_they_have(tmp_path, no_pictures):
            for arm, mode, loss in (("cheap_only", "cheap", 1.75), ("full_adapter", "adapter", 1.25))]
     without = report(tmp_path / "without", [*study_records(), *distilled])
     beside = report(tmp_path / "with", [*study_records(), *distilled, *own])
-    [marked], [plain] = ([line for line in text.splitlines() if line.startswith("| `best`")]
-                         for text in (without, beside))
+    [marked], [plain] = ([line for line in pages["README.md"].splitlines() if line.startswith("| `best`")]
+                         for pages in (without, beside))
     assert "`best` †" in marked and "75.0%" in marked
-    assert "trained as it is were not run" in without
+    assert "trained as it is were not run" in without["README.md"]
     assert "†" not in plain and "80.0%" in plain
 
 
@@ -374,7 +384,7 @@ def test_a_broken_line_is_named_and_left_out(tmp_path, no_pictures, capsys):
     with open(tmp_path / "runs.jsonl", "a") as f:
         f.write('{"arm": "g1_full_aux", "seed"\n')
     write_report(str(tmp_path))
-    assert (tmp_path / "README.md").read_text() == whole
+    assert pages(tmp_path) == whole
     assert f"{tmp_path}/runs.jsonl:19" in capsys.readouterr().err
 
 
@@ -386,7 +396,7 @@ def test_a_broken_file_beside_is_named_and_left_out(tmp_path, no_pictures, capsy
     whole = report(tmp_path, study_records(seeds=range(1)))
     (tmp_path / name).write_text(content)
     write_report(str(tmp_path))
-    assert (tmp_path / "README.md").read_text() == whole
+    assert pages(tmp_path) == whole
     assert f"left out: {tmp_path}/{name}" in capsys.readouterr().err
 
 
@@ -402,14 +412,14 @@ def test_what_lies_beside_is_included(tmp_path, no_pictures):
     (tmp_path / "tuning.json").write_text(json.dumps({"g1, gate_lr": [[0.001, 1.4], [0.003, 1.3]]}))
     (tmp_path / "tried.md").write_text("Nothing helped.\n")
     write_report(str(tmp_path))
-    text = (tmp_path / "README.md").read_text()
-    assert "| off_policy_next ~ flip_routed_later_next | +0.40 | +0.60 | +0.50 |" in text
-    assert "+0.12" not in text  # of what a reader doesn't ask
-    assert f"| {run} | 64 | 1.3120 | 1.2840 |" in text
-    assert f"| {run} | 1.7000 (0.000) | 1.4000 (0.490) |" in text
-    assert (tmp_path / "budget_curves.png").exists()
-    assert "| g1, gate_lr | 0.001: 1.4000, 0.003: 1.3000 | 0.003 |" in text
-    assert "## Tried\n\nNothing helped." in text
+    audit, readme = (tmp_path / "audit.md").read_text(), (tmp_path / "README.md").read_text()
+    assert "| off_policy_next ~ flip_routed_later_next | +0.40 | +0.60 | +0.50 |" in audit
+    assert "+0.12" not in audit  # of what a reader doesn't ask
+    assert f"| {run} | 64 | 1.3120 | 1.2840 |" in audit
+    assert f"| {run} | 1.7000 (0.000) | 1.4000 (0.490) |" in audit
+    assert (tmp_path / "budget_curves.png").exists() and "(audit.md)" in readme
+    assert "| g1, gate_lr | 0.001: 1.4000, 0.003: 1.3000 | 0.003 |" in readme
+    assert "## Tried\n\nNothing helped." in readme
 
 
 def test_a_report_is_made_again_byte_for_byte_from_its_records(tmp_path):
@@ -417,7 +427,8 @@ def test_a_report_is_made_again_byte_for_byte_from_its_records(tmp_path):
     report(tmp_path / "a", records)
     report(tmp_path / "b", records[::-1])  # the order of the lines says nothing
     names = sorted(os.listdir(tmp_path / "a"))
-    assert sorted(os.listdir(tmp_path / "b")) == names and "gain_over_length.png" in names
+    assert sorted(os.listdir(tmp_path / "b")) == names
+    assert {"gain_over_length.png", "curves_over_length.png"} < set(names)
     names.remove("runs.jsonl")
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -437,10 +448,12 @@ def test_the_map_has_a_column_for_each_regime(tmp_path):
     write_map(str(tmp_path))
     text = (tmp_path / "README.md").read_text()
     assert "| claim | reading | `tiny`, 300 steps | `tiny`, 1,200 steps | `web`, 300 steps |" in text
-    [line] = [line for line in text.splitlines() if line.startswith("| C2 | ste_norm |")]
-    assert line.count("(3)<br>4 of 8 contrasts run") == 3 and "disagree" in line
+    [line] = [line for line in text.splitlines() if line.startswith("| C2")]
+    assert line.count("(3) |") == 3 and "disagree (3)" in line
+    [length] = [line for line in text.splitlines() if line.startswith("| H5")]
+    assert length.count(" - |") == 2 and length.count("(3) |") == 1  # the longer runs, against the shorter
     assert "What was not run." in text and (tmp_path / "map.png").exists()
-    assert ANY in text
+    assert all(f"- **{claim.name}**: {claim.text}" in text for claim in CLAIMS)
 
 
 def test_names_in_a_picture_stand_apart():
