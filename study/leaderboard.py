@@ -5,7 +5,8 @@ from scipy import stats
 
 STEPS = ("hit_25", "hit_50", "hit_75", "hit_90", "seconds")
 QUARTER = "_budget25"
-OWN_LINE = """A line of your own in the leaderboard takes one command; references that are there already are not trained again:
+OWN_LINE = """A line of your own in the leaderboard takes one command. References that are there already
+are not trained again:
 
     python -m study --plugin=my_gate.py --arms=my_gate
 """

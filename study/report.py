@@ -101,8 +101,8 @@ def heading(groups, pages):
         links.append("- [audit.md](audit.md): do the labels say what flipping a token does; other budgets")
     lines = [f"# Results at scale `{scale}`", "",
              f"{len(records)} runs, {hours:.1f} hours of training, on {'; '.join(machines)}.", "", *links, "",
-             "Every number of a run comes from `runs.jsonl`, one line a run. All tables and pictures are made "
-             "again, without training anything, by:", "", f"    {command}", "", OWN_LINE]
+             "Every number of a run comes from `runs.jsonl`, one line a run. All tables and pictures are "
+             "made again, without training anything, by:", "", f"    {command}", "", OWN_LINE]
     return "\n".join(lines)
 
 

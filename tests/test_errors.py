@@ -1,5 +1,5 @@
-"""Bad input: exit code 2, one line on stderr that names the value and a remedy, no traceback, nothing changed on
-disk."""
+"""Bad input: exit code 2, one line on stderr that names the value and a remedy, no traceback, nothing changed
+on disk."""
 import json
 import os
 import pickle
@@ -30,8 +30,8 @@ DEFAULTS = train.configure_run([])[1]
 
 
 # -----------------------------------------------------------------------------
-# what goes wrong: each prepares the working directory, which has data/tiny, a backbone and finished runs of g1
-# and g3
+# what goes wrong: each prepares the working directory, which has data/tiny, a backbone and finished runs of
+# g1 and g3
 
 def nothing(m):
     pass
@@ -277,7 +277,7 @@ LOCAL = "prepare --name=mine --tokenizer=bytes --source=texts/*"
 WORDS = [{"text": t} for t in make_documents(3, train=3, held_out=1)]
 LINES = "".join(json.dumps(r) + "\n" for r in WORDS)
 
-# (the case, the command, what its line must say, what is wrong beforehand). {run}, {g1}, {backbone}: the folders.
+# (the case, the command, what its line must say, what is wrong beforehand). {run}, {g1}, {backbone}: folders.
 # A command of train.py or of the study gets the words of a tiny run besides.
 CASES = [
     # config
@@ -426,7 +426,8 @@ CASES = [
      config_file("from gates import GATES, Gate\n@GATES.register('g1')\nclass Mine(Gate):\n    pass\n")),
     ("a plugin with an unknown flag", "train --plugin=bad.py",
      ["bad.py", "'weigth'", "did you mean 'weight'"],
-     config_file("from gates import LOSSES\n@LOSSES.register('mine', weigth=1)\ndef mine(step):\n    pass\n")),
+     config_file("from gates import LOSSES\n@LOSSES.register('mine', weigth=1)\n"
+                 "def mine(step):\n    pass\n")),
     ("a plugin without a name", "train --plugin=", ["plugin", "''"]),
     ("a plugin without a value", "train --plugin", ["plugin"]),
     # data that is read
@@ -808,8 +809,8 @@ def shown(warning):
 
 
 @pytest.mark.parametrize("text, needles, prepared", [pytest.param(*case[1:], id=case[0]) for case in CASES])
-def test_bad_input_is_refused_in_one_line_and_changes_nothing(text, needles, prepared, done, monkeypatch, capfd,
-                                                              recwarn, in_time):
+def test_bad_input_is_refused_in_one_line_and_changes_nothing(text, needles, prepared, done, monkeypatch,
+                                                              capfd, recwarn, in_time):
     prepared(monkeypatch)
     script, words = command(text)
     before = snapshot()
@@ -855,7 +856,8 @@ for case in json.loads(sys.argv[1]):
             reader, writer = os.pipe()
             os.close(reader)
             os.dup2(writer, 1)
-        sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding=case["encoding"], errors="strict")
+        raw = open(1, "wb", closefd=False)
+        sys.stdout = io.TextIOWrapper(raw, encoding=case["encoding"], errors="strict")
         sys.argv = [case["script"] + ".py", *case["words"]]
         exit_on_error(importlib.import_module(case["script"]).main)
         sys.exit(0)
@@ -1021,8 +1023,8 @@ def containers(inner):
 
 
 LITERALS = st.recursive(INNER, containers)
-NASTY = st.sampled_from(["{[]:1}", "{{}}", "1" + "0" * 400, "9" * 5000, "1e999", "[" * 300, "-" * 3000 + "1", "'",
-                         "\\", "(", "1j", "b''", "[[1]]", "..."])
+NASTY = st.sampled_from(["{[]:1}", "{{}}", "1" + "0" * 400, "9" * 5000, "1e999", "[" * 300, "-" * 3000 + "1",
+                         "'", "\\", "(", "1j", "b''", "[[1]]", "..."])
 KEYS = st.sampled_from(sorted(DEFAULTS)) | st.text(max_size=8)
 VALUES = st.text(max_size=12) | LITERALS.map(repr) | NASTY
 

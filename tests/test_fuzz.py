@@ -42,8 +42,9 @@ def scores(draw):
 
 def small_model(gate, estimator, budget, seed, block_size=24):
     torch.manual_seed(seed)
-    config = GPTConfig(block_size=block_size, vocab_size=31, n_layer=3, n_head=2, n_embd=16, controlled=(0, 2),
-                       cheap_rank=3, gate=gate, estimator=estimator, budget=budget, g1_hidden=5, latent=4)
+    config = GPTConfig(block_size=block_size, vocab_size=31, n_layer=3, n_head=2, n_embd=16,
+                       controlled=(0, 2), cheap_rank=3, gate=gate, estimator=estimator, budget=budget,
+                       g1_hidden=5, latent=4)
     model = GPT(config).requires_grad_(False)
     for i in model.config.controlled:
         torch.nn.init.normal_(model.h[i].cheap.c_proj.weight, std=0.3)
@@ -105,8 +106,8 @@ def test_any_chunks_through_a_cache_are_the_uncached_forward(gate, estimator, bu
 
 
 # -----------------------------------------------------------------------------
-# damage: whatever happens to the files of a run, a command refuses it in one line and changes nothing, or gives
-# what it gives without the damage
+# damage: whatever happens to the files of a run, a command refuses it in one line and changes nothing, or
+# gives what it gives without the damage
 
 RUN = Path("out/tiny/g3_full_aux/seed0")
 BACKBONE = Path("out/tiny/backbone/seed0")

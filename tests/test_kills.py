@@ -5,9 +5,9 @@
 What is promised. A run that is killed at any moment, as often as may be, is finished by the same command, to
 the same log, weights and optimizer state, to the last bit. The command may change what changes no number: the
 log interval (the log then holds other steps, with the same numbers), whether checkpoints are kept, and the
-number of threads (then the last bits may differ, and the run says so). The backbone belongs to no recipe: while
-it trains, any recipe of the same scale, data and backbone keys goes on with it. A run that a study left is
-finished by hand, and a run by hand is finished by a study.
+number of threads (then the last bits may differ, and the run says so). The backbone belongs to no recipe:
+while it trains, any recipe of the same scale, data and backbone keys goes on with it. A run that a
+study left is finished by hand, and a run by hand is finished by a study.
 """
 import os
 import random
@@ -25,7 +25,8 @@ from conftest import checkpoint_of, log_of, main_of, recipe, same
 SMALL = ["--n_layer=3", "--n_embd=32", "--n_head=2", "--block_size=32", "--controlled=[1,2]",
          "--batch_size=4", "--max_iters=60", "--backbone_iters=500", "--backbone_batch_size=4",
          "--eval_interval=5", "--eval_iters=2", "--final_eval_iters=4", "--dtype=float32", "--device=cpu"]
-STUDY = ["--backbone=backbone", "--seeds=0", "--jobs=1", "--study=study", "--arms=cheap_only,full_adapter,g1_full_aux"]
+STUDY = ["--backbone=backbone", "--seeds=0", "--jobs=1", "--study=study",
+         "--arms=cheap_only,full_adapter,g1_full_aux"]
 ARM = "out/tiny/study/g1_full_aux/seed0"
 BACKBONE = "out/tiny/backbone/seed0"
 

@@ -148,7 +148,8 @@ KILLS = {
     "during a step": "die_at(torch.nn.utils, 'clip_grad_norm_', 6)",
     "before the first checkpoint": "die_at(runs.run, 'write_whole', 1)",
     "half a checkpoint written": "die_at(torch, 'save', 2, half)",
-    "a checkpoint written but not renamed": "die_at(os, 'replace', 2, when=lambda a, b: b.endswith('ckpt.pt'))",
+    "a checkpoint written but not renamed":
+        "die_at(os, 'replace', 2, when=lambda a, b: b.endswith('ckpt.pt'))",
     "during an evaluation": "die_at(metrics, 'evaluate', 4)",
     "an evaluation logged but no checkpoint": "die_at(runs.run, 'write_whole', 2)",
     "half a log line written": "runs.run.open = lambda *a: Halving(open(*a))",
@@ -283,8 +284,9 @@ def test_overwrite_never_replaces_another_kind_of_run(words, broken, done):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("word", ["--gate_lr=0.5", "--lambda_rank=0.25", "--batch_size=8", "--eval_interval=3",
-                                  "--n_embd=32", "--backbone_iters=5", "--oracle=on_policy"])
+@pytest.mark.parametrize("word", ["--gate_lr=0.5", "--lambda_rank=0.25", "--batch_size=8",
+                                  "--eval_interval=3", "--n_embd=32", "--backbone_iters=5",
+                                  "--oracle=on_policy"])
 def test_another_config_in_the_same_place_is_refused_by_key_and_changes_nothing(word, finished, done):
     if not finished:
         os.remove(f"{RUN}/summary.json")
@@ -425,7 +427,8 @@ def test_checkpoints_and_records_are_on_the_disk_before_they_get_their_name(plac
     assert names == ["config.json", "ckpt.pt", "ckpt.pt", "ckpt.pt", "summary.json"]
     for i in renamed:
         temporary, name = events[i]
-        assert events[i - 1] == temporary and events[i + 1] == os.path.dirname(name)  # the file, then its folder
+        # the file, then its folder
+        assert events[i - 1] == temporary and events[i + 1] == os.path.dirname(name)
 
 
 # -----------------------------------------------------------------------------
@@ -482,8 +485,8 @@ def check_close(a, b):
     a, b = steps_of(a), steps_of(b)
     assert [r.keys() for r in a] == [r.keys() for r in b] and len(a) > 2
     for x, y in zip(a, b):
-        # Under ste_norm nothing but labels moves a row's mean score. Where it lies otherwise is rounding, which
-        # Adam makes as large as a step.
+        # Under ste_norm nothing but labels moves a row's mean score. Where it lies otherwise is rounding,
+        # which Adam makes as large as a step.
         means = [r.get("scores", {}).pop("mean", []) for r in (x, y)]
         assert means[0] == pytest.approx(means[1], abs=0.01)
         tolerance = 2e-4 if x["step"] < 3 else 5e-3
@@ -528,7 +531,8 @@ def files_in(folder):
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != "lock"}
 
 
-def test_two_processes_give_the_losses_of_one_with_one_log_and_one_checkpoint(templates, tmp_path, monkeypatch):
+def test_two_processes_give_the_losses_of_one_with_one_log_and_one_checkpoint(templates, tmp_path,
+                                                                              monkeypatch):
     for folder in ("one", "two"):  # no backbone: it trains on two processes too
         shutil.copytree(templates / "place" / "data", tmp_path / folder / "data")
     words = tiny("--max_iters=4")
@@ -542,8 +546,8 @@ def test_two_processes_give_the_losses_of_one_with_one_log_and_one_checkpoint(te
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
     assert [r["step"] for r in log_of(tmp_path / "two" / RUN)] == [r["step"] for r in log_of(RUN)]
     a, b = (checkpoint_of(f / RUN)["model"] for f in (tmp_path / "one", tmp_path / "two"))
-    # Under ste_norm a shift of all scores changes nothing. So the gradient of that bias is rounding, which Adam
-    # scales up, and the threshold moves with it.
+    # Under ste_norm a shift of all scores changes nothing. So the gradient of that bias is rounding, which
+    # Adam scales up, and the threshold moves with it.
     shifts = [k for k in a if k.endswith((".scorer.2.bias", ".threshold"))]
     assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a if k not in shifts)
     for layer in (1, 2):
@@ -606,7 +610,8 @@ def test_another_config_or_text_gets_another_backbone_and_leaves_the_first(chang
 
 @pytest.mark.parametrize("words", [["--batch_size=2", "--gradient_accumulation_steps=2"], ["--grad_clip=0.5"],
                                    ["--beta2=0.99"], ["--min_lr_ratio=0.5"], ["--learning_rate=0.01"],
-                                   ["--weight_decay=0"], ["--eval_interval=1"], ["--log_interval=3"]], ids=str)
+                                   ["--weight_decay=0"], ["--eval_interval=1"], ["--log_interval=3"]],
+                         ids=str)
 def test_how_a_gate_is_optimised_does_not_ask_for_another_backbone(words, place):
     go("train", *tiny(*words, "--max_iters=1"))
     assert summary_of(RUN)["backbone"]["path"] == BACKBONE
@@ -724,7 +729,8 @@ def check_last_good(step):
 
 @pytest.mark.parametrize("log_interval", [1, 100])
 @pytest.mark.parametrize("name", ["lm", "util", "rank", "jepa"])
-def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_loss(name, log_interval, place, monkeypatch):
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_loss(name, log_interval, place,
+                                                                        monkeypatch):
     poison(monkeypatch, 3, name)
     with pytest.raises(ConfigError, match=rf"the {name} loss is nan at step 3\b.*last good checkpoint"):
         go("train", *tiny(f"--log_interval={log_interval}"))
