@@ -27,8 +27,9 @@ The tests run over every registered gate: `python -m pytest test_routing.py --pl
 
 After the gates come the selection, the estimators, the labels and the losses, in the order in which training
 uses them. They have registries of their own and are added in the same way. An estimator takes (scores, mask)
-and returns w (B, T). A label takes (step, route) and returns (B, T). A loss takes a step, returns a scalar.
-See Step and Route for what they can read.
+and returns w (B, T). A loss takes a Step and returns a scalar. A label takes (step, route), on the rows that
+get labels, and returns (B, T); it can read the step's model, config, context, targets and dense, and the
+route's layer, scores, mask, x and h.
 """
 import math
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import ConfigError, Registry
+from kernels import uniform
 
 GATES = Registry("gate")
 
@@ -97,7 +99,8 @@ class JEPAGate(Gate):
         self.action = nn.Parameter(torch.randn(2, d) * 0.02)  # [full, cheap]
         self.predictor = nn.Sequential(nn.Linear(d, 3 * d), nn.GELU(), nn.Linear(3 * d, d))
         self.scorer = nn.Sequential(nn.Linear(3 * d, 3 * d), nn.GELU(), nn.Linear(3 * d, 1))
-        # The fixed target head is seeded by the layer alone: every run of every seed has the same targets.
+        # The target head is fixed: the real outcomes are compared with predictions in d numbers of each FFN's
+        # output. It is seeded by the layer alone: every run of every seed has the same targets.
         generator = torch.Generator().manual_seed(4228 + layer)
         orthonormal, _ = torch.linalg.qr(torch.randn(config.n_embd, d, generator=generator))
         self.register_buffer("target_head", orthonormal)  # (D, d)
@@ -168,29 +171,17 @@ def threshold_for(scores, budget):
         return torch.full((), math.inf, device=scores.device)
     if k == n:
         return torch.full((), -math.inf, device=scores.device)
-    below = scores.flatten().kthvalue(n - k).values
-    above = scores.flatten().kthvalue(n - k + 1).values
+    below = scores.flatten().kthvalue(n - k).values  # the highest score that stays cheap
+    above = scores.flatten().kthvalue(n - k + 1).values  # the lowest that goes full
     middle = below + (above - below) / 2  # a threshold that equals a score could flip it by rounding
     return torch.where(middle < above, middle, below)
 
 
-def uniform(row_seeds, stream, length, start=0):
-    """Uniform numbers (B, length) in [0, 1): a hash of (row seed, stream, position), the same on every
-    device. The mix is splitmix64's (Steele, Lea and Flood, 2014); int64 wraps."""
-    position = torch.arange(start, start + length, device=row_seeds.device)
-    offset = ((stream + 1) * 0x14D049BB133111EB + 2 ** 63) % 2 ** 64 - 2 ** 63
-    x = row_seeds[:, None] * 0x1E3779B97F4A7C15 + position * 0x3F58476D1CE4E5B9 + offset  # (B, length)
-    for _ in range(2):
-        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9
-        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
-    return ((x >> 33) & 0xFFFFFF).float() / 2 ** 24
-
-
 # -----------------------------------------------------------------------------
-# estimators: (scores, mask), both (B, T) -> w (B, T) float32, what the full output is multiplied by. They
-# decide what the LM loss can teach the scores. Three flags:
-#   reads_both    the gradient of w needs the output of the path not taken
-#   mixes         w is not 1 on full tokens, so cheap runs there too, with its gradient
+# estimators: (scores, mask), both (B, T) -> w (B, T) float32. The output is w * full + (1 - w) * cheap, so
+# the gradient of w, by which the loss teaches the scores, is of (full - cheap). Three flags:
+#   reads_both    w has a gradient on every token, so both outputs are needed there
+#   mixes         w is not 1 on full tokens, so cheap is part of their output
 #   standardises  the scores are standardised before the sigmoid
 
 ESTIMATORS = Registry("estimator", reads_both=False, mixes=False, standardises=False)
@@ -222,8 +213,9 @@ def ste(scores, mask):
 
 @ESTIMATORS.register("scaled", mixes=True)
 def scaled(scores, mask):
-    """Mixture-of-Depths style: the weight acts in the forward pass; only selected tokens teach the gate."""
-    return mask.float() * 2 * torch.sigmoid(scores)  # 2: a score of 0 weighs 1
+    """Mixture-of-Depths style: the weight acts in the forward pass; only selected tokens teach the gate. It
+    lies between 0 and 2, and a score of 0 weighs 1. Above 1 cheap is subtracted."""
+    return mask.float() * 2 * torch.sigmoid(scores)
 
 
 @ESTIMATORS.register("hard")
@@ -254,7 +246,7 @@ class Label(NamedTuple):
     """The labels of one controlled layer, on the rows that got some."""
     scores: torch.Tensor  # (b, T) the gate's, with their gradient
     raw: torch.Tensor  # (b, T) what full saves over cheap, in nats
-    d: torch.Tensor  # (b, T) the same, standardised per row and clamped to +-3
+    target: torch.Tensor  # (b, T) the same, standardised per row and clamped to +-3: what the losses use
     permutation: torch.Tensor  # (b, T) int64: token t is paired with token permutation[t]
 
 
@@ -280,7 +272,8 @@ class Step:
 # -----------------------------------------------------------------------------
 # labels: (step, route) -> raw label (B, T) of the route's layer l: the larger, the more full is worth there.
 # Those below are in nats, loss(cheap at l) - loss(full at l). The key --oracle picks one. `suffix` is the
-# mode in which the layers after l run, for the count of FLOPs.
+# mode in which the layers after l run, for the count of FLOPs. A label's loss is against what the key
+# --label_target picks: tokens (B, T), or a stream (B, T, D) that stands for the distribution it predicts.
 
 LABELS = Registry("oracle", suffix=None)
 TARGETS = Registry("label_target", needs_dense=False)
@@ -300,14 +293,14 @@ def on_policy_label(step, route):
 
 @TARGETS.register("next")
 def next_token(step):
-    """The label's loss is against the token that came, (B, T): the paper's."""
+    """The token that came, (B, T)."""
     return step.targets
 
 
 @TARGETS.register("dense", needs_dense=True)
 def dense_model(step):
-    """It is against what the frozen model predicts, given by its stream (B, T, D): a function of the context
-    alone, as a gate's score is, without the surprise of the token that came."""
+    """What the frozen model predicts, (B, T, D): a function of the context alone, as a gate's score is,
+    without the surprise of the token that came."""
     return step.dense
 
 
@@ -325,7 +318,8 @@ def forced_branches(model, route):
     """The residual stream (B, T, D) after the route's layer: with every token cheap, and with all full."""
     block = model.h[route.layer]
     full, cheap = block.mlp(route.h), block.cheap(route.h)
-    w = block.estimator(route.scores, torch.ones_like(route.mask)).unsqueeze(-1)  # 1, unless it mixes
+    # 1, unless the estimator mixes: under `scaled` a full token is weighted by its score.
+    w = block.estimator(route.scores, torch.ones_like(route.mask)).unsqueeze(-1)
     return route.x + cheap, route.x + w * full + (1 - w) * cheap
 
 
@@ -335,15 +329,14 @@ def make_label(step, route):
         raw = LABELS[step.config["oracle"]](step, route).float()
         if raw.shape != route.scores.shape:
             raise ConfigError(f"the label {step.config['oracle']!r} must be (B, T), not {tuple(raw.shape)}")
-        d = standardise(raw).clamp(-3, 3)
+        target = standardise(raw).clamp(-3, 3)
         permutation = uniform(step.context.row_seeds, -1, raw.size(1)).argsort(1)  # -1 is no layer's stream
-    return Label(route.scores, raw, d, permutation)
+    return Label(route.scores, raw, target, permutation)
 
 
 # -----------------------------------------------------------------------------
-# losses: Step -> a scalar. `weight` is the default of the config key lambda_<name>. `needs` says when a loss
-# applies: stream (always), dense (there is a frozen model), scores (a learned gate), labels (for its scores),
-# outcomes (a gate that predicts).
+# losses: Step -> a scalar. `weight` is the default of the config key lambda_<name>. `needs` says what of the
+# step a loss reads: stream, dense, scores, labels or outcomes. Where a run has none the loss does not apply.
 
 LOSSES = Registry("loss", weight=0.0, needs="scores")
 
@@ -362,7 +355,7 @@ def distill_loss(step):
 
 @LOSSES.register("jepa", weight=1.0, needs="outcomes")
 def jepa_loss(step):
-    """1 - cosine of predicted and real outcomes, mean over actions, tokens and layers."""
+    """1 - cosine of predicted and real outcomes, mean over the two paths, tokens and layers."""
     return sum(alignment(r.prediction, r.outcomes).mean() for r in step.routes) / len(step.routes)
 
 
@@ -375,22 +368,23 @@ def alignment(prediction, outcomes):
 
 @LOSSES.register("util", weight=1.0, needs="labels")
 def util_loss(step):
-    """Regression of the raw scores on the label d: smooth L1."""
-    distances = [F.smooth_l1_loss(l.scores, l.d, reduction="none").mean(1).mean() for l in step.labels]
+    """Regression of the scores, as they are, on the labels' targets: smooth L1."""
+    distances = [F.smooth_l1_loss(l.scores, l.target, reduction="none").mean(1).mean() for l in step.labels]
     return sum(distances) / len(distances)
 
 
 @LOSSES.register("rank", weight=1.0, needs="labels")
 def rank_loss(step):
     """Pairs of tokens should be ordered as their labels are."""
-    return sum(pairwise(l.scores, l.d, l.permutation).mean() for l in step.labels) / len(step.labels)
+    return sum(pairwise(l.scores, l.target, l.permutation).mean() for l in step.labels) / len(step.labels)
 
 
-def pairwise(scores, d, permutation):
-    """|dd| * softplus(-sign(dd) * ds) over the pairs (t, permutation[t]): all (B, T) -> (B,)."""
-    dd = d - d.gather(1, permutation)
+def pairwise(scores, target, permutation):
+    """|dt| * softplus(-sign(dt) * ds), dt and ds the differences of target and score in the pairs (t,
+    permutation[t]): all (B, T) -> (B,)."""
+    dt = target - target.gather(1, permutation)
     ds = scores - scores.gather(1, permutation)
-    return (dd.abs() * F.softplus(-dd.sign() * ds)).mean(1)
+    return (dt.abs() * F.softplus(-dt.sign() * ds)).mean(1)
 
 
 @LOSSES.register("anchor")
@@ -402,8 +396,10 @@ def anchor_loss(step):
 def active_losses(config):
     """{name: loss} of a run's config: those with a weight, where the run has what they need."""
     gate, routed = GATES[config["gate"]], config["mode"] == "topk"
-    scores = routed and gate.learned
-    present = {"stream": True, "dense": config["mode"] != "full", "scores": scores,
-               "labels": scores and config["label_share"] > 0, "outcomes": routed and gate.predicts}
+    learned = routed and gate.learned
+    present = {"stream": True,
+               "dense": config["mode"] != "full", "scores": learned,
+               "labels": learned and config["label_share"] > 0,
+               "outcomes": routed and gate.predicts}
     weighted = {name: loss for name, loss in LOSSES.items() if config[f"lambda_{name}"] > 0}
     return {name: loss for name, loss in weighted.items() if present[loss.needs]}

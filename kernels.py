@@ -1,10 +1,11 @@
-"""What is written for speed alone. Each function equals a plain formula, which its docstring gives and the
-tests compare it with.
+"""What a reader of the method can take on trust: what is written for speed alone, and the hash behind random
+numbers. Each fast function equals a plain formula, which its docstring gives and the tests compare it with.
 
-First permutations and short attention. Then the losses of the LM head, in chunks of tokens: with 50,257 words
-in the vocabulary the logits of a batch are too large to hold (3.3 GB at 16 x 1024 tokens in float32), and so
-is a second set for the model that is distilled. The reference of a loss is either the tokens that came,
-int64, or hidden states of the frozen model, whose distribution is meant: q = softmax(reference @ weight.T).
+First random numbers, permutations and short attention. Then the losses of the LM head, in chunks of tokens:
+with 50,257 words in the vocabulary the logits of a batch are too large to hold (3.3 GB at 16 x 1024 tokens in
+float32), and so is a second set for the model that is distilled. The reference of a loss is either the tokens
+that came, int64, or hidden states of the frozen model, whose distribution is meant: q = softmax(reference @
+weight.T).
 """
 import math
 
@@ -12,9 +13,22 @@ import torch
 import torch.nn.functional as F
 
 
-def permute(x, order, place):
-    """x[order] of x (N, ...), where `order` (N,) is a permutation and `place` its inverse."""
-    return Permute.apply(x, order, place)
+def uniform(row_seeds, stream, length, start=0):
+    """Uniform numbers (B, length) in [0, 1): a hash of (row seed, stream, position), the same on every
+    device. The mix is splitmix64's (Steele, Lea and Flood, 2014); int64 wraps, and since >> copies the sign
+    bit, a mask clears the copies."""
+    position = torch.arange(start, start + length, device=row_seeds.device)
+    offset = ((stream + 1) * 0x14D049BB133111EB + 2 ** 63) % 2 ** 64 - 2 ** 63
+    x = row_seeds[:, None] * 0x1E3779B97F4A7C15 + position * 0x3F58476D1CE4E5B9 + offset  # (B, length)
+    for _ in range(2):
+        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9
+        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
+    return ((x >> 33) & 0xFFFFFF).float() / 2 ** 24
+
+
+def permute(x, order, inverse):
+    """x[order] of x (N, ...), where `order` (N,) is a permutation."""
+    return Permute.apply(x, order, inverse)
 
 
 class Permute(torch.autograd.Function):
@@ -22,14 +36,14 @@ class Permute(torch.autograd.Function):
     another permutation, and a tenth of a training step at tiny less."""
 
     @staticmethod
-    def forward(ctx, x, order, place):
-        ctx.save_for_backward(place)
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
         return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad):
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place), None, None
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 def in_compute_dtype(x):

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 
 from configurator import ConfigError
 from gates import ESTIMATORS, GATES, Context, Route, full_tokens, threshold_for, topk_mask
-from kernels import (ffn_at_rows, head_loss, head_token_losses, in_compute_dtype, permute,
-                     short_attention)
+from kernels import ffn_at_rows, head_loss, head_token_losses, in_compute_dtype, permute, short_attention
 
 # Named as Hugging Face names them. On a CPU in bfloat16 tanh takes four times as long.
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh"}
@@ -37,8 +36,8 @@ class GPTConfig:
     gate: str = "g3"
     estimator: str = "ste_norm"
     budget: float = 0.5  # the share of tokens that goes full
-    execution: str = "gathered"  # or masked
-    g1_hidden: int = 47
+    execution: str = "gathered"  # or masked: the fast and the plain way to the same result
+    g1_hidden: int = 47  # so that g1 has as many parameters as g3
     latent: int = 16  # g3's d
 
 
@@ -121,8 +120,11 @@ class Block(nn.Module):
 
         s, prediction = self.score(h, context)  # (B, T)
         m = self.select(s.detach(), mode)  # (B, T)
-        ffn = self.gathered if self.config.execution == "gathered" else self.masked
-        y, outcomes = ffn(h, s, m, mode, want_outcomes and self.gate.predicts)
+        want_outcomes = want_outcomes and self.gate.predicts
+        if self.config.execution == "masked":
+            y, outcomes = self.masked(h, s, m, want_outcomes)
+        else:
+            y, outcomes = self.gathered(h, s, m, mode, want_outcomes)
         route = Route(self.layer, s, m, prediction, outcomes, x if keep else None, h if keep else None)
         return x + y, route
 
@@ -140,7 +142,7 @@ class Block(nn.Module):
             return topk_mask(scores, full_tokens(self.budget, scores.size(1)))
         return scores > self.threshold
 
-    def masked(self, h, scores, mask, mode, want_outcomes):
+    def masked(self, h, scores, mask, want_outcomes):
         """w * full(h) + (1 - w) * cheap(h), both paths on every token -> (B, T, D), outcomes or None."""
         w = self.estimator(scores, mask).unsqueeze(-1)  # (B, T, 1)
         full, cheap = self.mlp(h), self.cheap(h)  # (B, T, D) each
@@ -148,29 +150,36 @@ class Block(nn.Module):
         return w * full + (1 - w) * cheap, outcomes
 
     def gathered(self, h, scores, mask, mode, want_outcomes):
-        """The same result for less. Where no one needs the value of the path not taken, each path runs on its
-        own tokens alone. `ste` and `ste_norm` need it while they train, since the gradient of w is of full -
-        cheap, and JEPA's outcomes are of both paths: then what is saved is the gradient of full on cheap
-        tokens, which is zero."""
+        """The same result for less."""
         if mask.numel() == 1 and not torch.is_grad_enabled() and not want_outcomes:
             return self.one_token(h, scores, mask), None
-        shape, h = h.shape, in_compute_dtype(h).flatten(0, 1)  # (B * T, D)
         # Full tokens first. Under topk their number is known, and a GPU need not be waited for.
         order = torch.argsort(~mask.flatten(), stable=True)  # (B * T,)
         n = mask.size(0) * full_tokens(self.budget, mask.size(1)) if mode == "topk" else int(mask.sum())
+        # The gradient of w is of (full - cheap), and outcomes are of both: then every token needs both.
         if want_outcomes or (self.estimator.reads_both and scores.requires_grad):
-            w = self.estimator(scores, mask).view(-1, 1)  # (B * T, 1)
-            full, cheap = ffn_at_rows(self.mlp, h, order[:n]), self.cheap(h)  # (B * T, D) each
-            y = w * full + (1 - w) * cheap
-            outcomes = self.gate.outcomes(full.view(shape), cheap.view(shape)) if want_outcomes else None
-            return y.view(shape), outcomes
-        place = order.argsort()  # the way back
-        h_full, h_cheap = permute(h, order, place).split((n, len(h) - n))  # (n, D) and (B * T - n, D)
+            return self.both_paths(h, scores, mask, order[:n], want_outcomes)
+        return self.own_paths(h, scores, mask, order, n), None
+
+    def both_paths(self, h, scores, mask, full_rows, want_outcomes):
+        """Both paths on every token. Of a frozen full only the gradient in h is wanted, and on cheap tokens,
+        where w is 0, that is 0: it is computed for full tokens alone."""
+        shape, h = h.shape, in_compute_dtype(h).flatten(0, 1)  # (B * T, D)
+        w = self.estimator(scores, mask).view(-1, 1)  # (B * T, 1)
+        full, cheap = ffn_at_rows(self.mlp, h, full_rows), self.cheap(h)  # (B * T, D) each
+        outcomes = self.gate.outcomes(full.view(shape), cheap.view(shape)) if want_outcomes else None
+        return (w * full + (1 - w) * cheap).view(shape), outcomes
+
+    def own_paths(self, h, scores, mask, order, n):
+        """Each path on its own tokens: full on the first n of `order`, cheap on the others."""
+        inverse = order.argsort()
+        rows = permute(in_compute_dtype(h).flatten(0, 1), order, inverse)  # (B * T, D)
+        h_full, h_cheap = rows.split((n, len(rows) - n))  # (n, D) and (B * T - n, D)
         full, cheap = self.mlp(h_full), self.cheap(h_cheap)
         if self.estimator.mixes:
             w = self.estimator(scores, mask).view(-1, 1).index_select(0, order[:n])  # (n, 1)
             full = w * full + (1 - w) * self.cheap(h_full)
-        return permute(torch.cat([full, cheap]), place, order).view(shape), None
+        return permute(torch.cat([full, cheap]), inverse, order).view(h.shape)
 
     def one_token(self, h, scores, mask):
         """A token in decoding: there is nothing to gather."""

@@ -17,7 +17,7 @@ from gates import (ESTIMATORS, GATES, LABELS, LOSSES, TARGETS, Context, full_tok
 from model import GPT, GPTConfig
 from prepare import Batch
 from sample import new_cache
-from train import DEFAULTS, forward
+from train import DEFAULTS, forward_batch
 
 pytestmark = pytest.mark.usefixtures("device")
 torch.set_num_threads(1)
@@ -333,12 +333,13 @@ def test_a_label_is_finite_repeats_and_takes_each_row_alone(oracle, target, gate
     model = make(gate=gate)
     config = config_for(model, oracle=oracle, label_target=target, lambda_util=1.0, lambda_distill=1.0)
     batch = batch_of(model)
-    step = forward(model, config, batch, labelled={1, 3})
-    again = forward(model, config, batch.rows([2, 3]), labelled={1, 3})
+    step = forward_batch(model, config, batch, labelled={1, 3})
+    again = forward_batch(model, config, batch.rows([2, 3]), labelled={1, 3})
     assert len(step.labels) == 2
     for label, part, route in zip(step.labels, again.labels, step.routes):
-        assert label.raw.shape == label.d.shape == batch.tokens.shape and label.raw.dtype == torch.float32
-        assert label.raw.isfinite().all() and not label.raw.requires_grad and not label.d.requires_grad
+        assert label.raw.shape == label.target.shape == batch.tokens.shape
+        assert label.raw.dtype == torch.float32
+        assert label.raw.isfinite().all() and not label.raw.requires_grad and not label.target.requires_grad
         assert label.scores.requires_grad == GATES[gate].learned and label.raw.std() > 0
         same(part.raw, label.raw[2:], 1e-4)
         assert torch.equal(part.permutation, label.permutation[2:])
@@ -353,7 +354,7 @@ def step_for(loss, batch=None, labelled=(3,)):
     model = make(gate=PREDICTING[0] if LOSSES[loss].needs == "outcomes" else "g1")
     config = config_for(model, **{f"lambda_{loss}": 1.0})
     labelled = set(labelled) if LOSSES[loss].needs == "labels" else set()
-    return model, forward(model, config, batch_of(model) if batch is None else batch, labelled)
+    return model, forward_batch(model, config, batch_of(model) if batch is None else batch, labelled)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -4,7 +4,7 @@
     python train.py config/g3_full_aux.py --seed=2           a recipe
     python train.py config/paper.py config/g3_full_aux.py    the same at another scale (name the scale first)
     python train.py config/best.py --eval_only --budget=0.25    a finished run, calibrated at another budget
-    python train.py --plugin=my_gate.py --gate=my_gate --recipe=my_gate      your own gate
+    python train.py config/g1_no_utilrank.py --plugin=my_gate.py --gate=my_gate --recipe=my_gate
     torchrun --standalone --nproc_per_node=2 train.py ...    several processes, the same global batch
 
 A run writes out/<scale>/<recipe>/seed<k>/. The same command resumes an interrupted run and leaves a finished
@@ -34,7 +34,7 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     scale="tiny", recipe="g3_full_aux", seed=0,
     out_dir="",  # by default out/<scale>/<recipe>/seed<seed>
     dataset="stdlib",  # a folder under data/
-    mode="topk",  # what trains: topk (gates, cheap FFNs), cheap or adapter (references), full (a backbone)
+    mode="topk",  # how training routes: topk (gates learn), cheap or adapter (references), full (a backbone)
     backbone="backbone",  # the frozen model: the recipe that makes it, the folder of a run, or hf:GPT2_FOLDER
     backbone_seed=0,
     # the model
@@ -42,7 +42,7 @@ DEFAULTS = dict(  # the scale `tiny`, the recipe `g3_full_aux`
     controlled=[1, 2, 3, 4, 5],  # the layers that route, from 0
     cheap_rank=16, activation="gelu", gate="g3", g1_hidden=47, latent=16,
     estimator="ste_norm",  # how the LM loss reaches the scores: see gates.ESTIMATORS
-    execution="gathered",  # or masked, where an idea needs both paths everywhere
+    execution="gathered",  # the fast way; masked is the plain one, with both paths on every token
     budget=0.5,  # the share of tokens that goes full, over all controlled layers
     share_step=0.0,  # 0: the same budget in each layer; else metrics.allocate hands it out: 1 in whole layers
     # labels; the weights lambda_<loss> of the losses stand in gates.LOSSES
@@ -78,9 +78,10 @@ def configure_run(words):
 # -----------------------------------------------------------------------------
 # one forward pass
 
-def forward(model, config, batch, labelled):
+def forward_batch(model, config, batch, labelled):
     """What one batch leaves for the losses -> Step. labelled: the layers that get labels in this step."""
-    losses, context = active_losses(config), Context(batch.tokens, batch.row_seeds)
+    losses = active_losses(config)
+    context = Context(batch.tokens, batch.row_seeds)
     step = Step(model, config, context, batch.targets)
     first = min(model.config.controlled, default=0)
     # The layers before the first controlled one, where nothing routes yet.
@@ -94,10 +95,11 @@ def forward(model, config, batch, labelled):
     # The labels of some layers, on some rows.
     if labelled:
         rows = torch.tensor(labelled_rows(len(x), config["label_share"])).to(x.device, non_blocking=True)
-        some = step.rows(rows)
-        if some.dense is None and TARGETS[config["label_target"]].needs_dense:
-            some.dense = dense_stream(model, x[rows], some.context, first)
-        step.labels = [make_label(some, route.rows(rows)) for route in step.routes if route.layer in labelled]
+        labelled_step = step.rows(rows)
+        if labelled_step.dense is None and TARGETS[config["label_target"]].needs_dense:
+            labelled_step.dense = dense_stream(model, x[rows], labelled_step.context, first)
+        step.labels = [make_label(labelled_step, route.rows(rows)) for route in step.routes
+                       if route.layer in labelled]
     return step
 
 
@@ -118,7 +120,8 @@ def labelled_layers(config, iteration):
 
 def labelled_rows(n, share):
     """The rows of n that get labels, spread evenly, so that splitting the batch keeps the set."""
-    rows = [i for i in range(n) if int((i + 1) * share + 1e-9) > int(i * share + 1e-9)]
+    labelled_before = [int(i * share + 1e-9) for i in range(n + 1)]  # 1e-9: the product may round down
+    rows = [i for i in range(n) if labelled_before[i + 1] > labelled_before[i]]
     return rows or [0]
 
 
@@ -162,11 +165,11 @@ def train_step(run, logged):
     for micro in range(config["gradient_accumulation_steps"]):
         batch = get_batch(run.data["train"], config, run.step, micro, machine)
         with machine.autocast():
-            step = forward(model, config, batch, labelled)
+            step = forward_batch(model, config, batch, labelled)
             losses = {name: loss(step) for name, loss in losses_of.items()}
             record.before_backward(step, losses)
-        loss = sum(config[f"lambda_{name}"] * value for name, value in losses.items()) / record.slices
-        loss.backward()
+        loss = sum(config[f"lambda_{name}"] * value for name, value in losses.items())
+        (loss / record.slices).backward()  # the gradient is a mean over all slices of all processes
         record.after_backward(step)
     machine.sum([p.grad for p in run.trained if p.grad is not None])
     set_learning_rate(run.optimizers, config, run.step)

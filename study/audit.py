@@ -182,7 +182,7 @@ def route_by_label(model, step):
             continue
         label = on_policy_label(step, route)  # (B, T)
         mask = topk_mask(label, full_tokens(block.budget, label.size(1)))
-        y, _ = block.masked(route.h, route.scores, mask, "topk", want_outcomes=False)
+        y, _ = block.masked(route.h, route.scores, mask, want_outcomes=False)
         x = route.x + y
     return x
 

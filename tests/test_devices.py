@@ -21,7 +21,7 @@ from model import GPT
 from prepare import Batch
 from runs.optim import make_optimizers
 from runs.run import model_config
-from train import configure_run, forward, labelled_layers
+from train import configure_run, forward_batch, labelled_layers
 
 ARMS = ("backbone", "cheap_only", "full_adapter", "linear", "random", "static", "g1_no_utilrank",
         "g1_full_aux", "g3_full_aux", "g1_scaled_on_policy", "g1_ste_anchor", "g1_distill", "best")
@@ -60,7 +60,7 @@ def test_a_training_step_waits_for_nothing_and_leaves_the_device_nowhere(arm, ex
     trained = [p for p in model.parameters() if p.requires_grad]
     learned = config["mode"] == "topk" and GATES[config["gate"]].learned
     record = StepRecord(model, config, fake, logged=learned)
-    step = forward(model, config, batch, labelled_layers(config, 0))
+    step = forward_batch(model, config, batch, labelled_layers(config, 0))
     losses = {name: loss(step) for name, loss in active_losses(config).items()}
     record.before_backward(step, losses)
     sum(config[f"lambda_{name}"] * loss for name, loss in losses.items()).backward()

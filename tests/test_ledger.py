@@ -10,7 +10,7 @@ from metrics import (DEAD, StepRecord, allocate, dead_layers, first_hits, gap_cl
                      predictor_health, score_health, set_budget, spearman)
 from runs.machine import Machine
 from test_routing import PAIRS, PREDICTING, batch_of, config_for, make, same
-from train import forward, labelled_layers
+from train import forward_batch, labelled_layers
 
 
 def rows(seed, *shape):
@@ -48,7 +48,7 @@ def counted_step(model, config):
     labelled = set(model.config.controlled) if labelled_layers(config, 0) else set()
 
     def total():
-        step = forward(model, config, batch, labelled)
+        step = forward_batch(model, config, batch, labelled)
         losses = [loss(step) for loss in active_losses(config).values()]
         # In a real step every gate gets a gradient sooner or later: the ledger counts it in each.
         return sum(losses) + sum(r.scores.mean() for r in step.routes if r.scores.requires_grad)
@@ -173,14 +173,14 @@ def test_a_logged_step_reports_what_autograd_says(slices):
     record = StepRecord(model, config, Machine(config), logged=True)
     for part in range(slices):
         rows_of_part = slice(part * 4 // slices, (part + 1) * 4 // slices)
-        step = forward(model, config, batch_of(model).rows(rows_of_part), {3})
+        step = forward_batch(model, config, batch_of(model).rows(rows_of_part), {3})
         losses = {name: LOSSES[name](step) for name in ("lm", "jepa", "util", "distill")}
         record.before_backward(step, losses)
         (sum(config[f"lambda_{name}"] * loss for name, loss in losses.items()) / slices).backward()
         record.after_backward(step)
     values = record.values(trained, [torch.optim.SGD(trained, lr=0.1)])
 
-    step = forward(model, config, batch_of(model), {3})
+    step = forward_batch(model, config, batch_of(model), {3})
     losses = {name: LOSSES[name](step) for name in losses}
     without_jepa = losses["lm"] + losses["util"] + 0.5 * losses["distill"]
     gate = [p for name, p in model.named_parameters() if ".gate." in name]

@@ -10,7 +10,7 @@ import kernels
 from gates import ESTIMATORS, GATES, LOSSES, Context, Label, Route, Step, make_label, pairwise
 from test_routing import (LEARNED, batch_of, best_of, config_for, context_of, gate_names, make, reached, same,
                           slow, tokens)
-from train import dense_stream, forward, labelled_layers, labelled_rows
+from train import dense_stream, forward_batch, labelled_layers, labelled_rows
 
 EVERY_LOSS = {f"lambda_{name}": 1.0 for name in ("lm", "distill", "jepa", "util", "rank", "anchor")}
 
@@ -114,7 +114,7 @@ def full_step(gate="g3", labelled=(1, 3), **changes):
     """A model and a Step that has everything: routes, labels, the dense stream."""
     model = make(gate=gate)
     config = config_for(model, **EVERY_LOSS | changes)
-    return model, forward(model, config, batch_of(model), set(labelled))
+    return model, forward_batch(model, config, batch_of(model), set(labelled))
 
 
 def head(model, x):
@@ -162,7 +162,7 @@ def test_jepa_is_one_minus_cosine_without_zero_outcomes():
 
 def test_util_is_smooth_l1_of_raw_scores():
     labels = [Label(rows(i, 2, 9) * 2, None, rows(i + 5, 2, 9), None) for i in (0, 1)]
-    errors = [e for label in labels for e in (label.scores - label.d).flatten().tolist()]
+    errors = [e for label in labels for e in (label.scores - label.target).flatten().tolist()]
     terms = [0.5 * e * e if abs(e) < 1 else abs(e) - 0.5 for e in errors]
     assert loss_of("util", labels=labels) == pytest.approx(sum(terms) / 36, abs=1e-5)
 
@@ -275,12 +275,12 @@ def test_labels_are_standardised_per_row_and_clamped(monkeypatch):
     for b in range(3):
         mean = sum(raw[b].tolist()) / 50
         std = math.sqrt(sum((v - mean) ** 2 for v in raw[b].tolist()) / 50) + 1e-6
-        same(label.d[b], torch.tensor([max(-3, min(3, (v - mean) / std)) for v in raw[b].tolist()]), 2e-3)
-    assert label.d[1, 0] == 3 and torch.equal(label.raw, raw)
+        same(label.target[b], torch.tensor([max(-3, min(3, (v - mean) / std)) for v in raw[b].tolist()]), 2e-3)
+    assert label.target[1, 0] == 3 and torch.equal(label.raw, raw)
     assert torch.equal(label.permutation.sort(1).values, torch.arange(50).expand(3, 50))
     assert not torch.equal(label.permutation[0], label.permutation[1])
     raw = torch.full((3, 50), 5.0)
-    assert (make_label(step, Route(1, rows(1, 3, 50), None)).d == 0).all()
+    assert (make_label(step, Route(1, rows(1, 3, 50), None)).target == 0).all()
 
 
 LABEL_CASES = [("g1", "ste_norm"), ("g1", "scaled"), ("g3", "ste"), ("g3", "scaled"), ("random", "scaled")]
@@ -298,7 +298,7 @@ def test_labels_equal_a_recomputation_from_the_start(gate, estimator, oracle, ta
     if target == "next":
         q = F.one_hot(batch.targets, model.config.vocab_size).float()
     for model.config.execution in ("masked", "gathered"):
-        step = forward(model, config, batch, {0, 1, 3})
+        step = forward_batch(model, config, batch, {0, 1, 3})
         for route, label in zip(step.routes, step.labels, strict=True):
             def branch(value):
                 def plan(layer, s):
@@ -314,7 +314,7 @@ def test_labels_equal_a_recomputation_from_the_start(gate, estimator, oracle, ta
 def test_off_policy_and_on_policy_labels_differ_except_at_the_last_layer():
     model = make(controlled=(0, 1, 3))
     configs = [config_for(model, oracle=oracle, lambda_util=1.0) for oracle in ("off_policy", "on_policy")]
-    off, on = (forward(model, config, batch_of(model), {0, 1, 3}).labels for config in configs)
+    off, on = (forward_batch(model, config, batch_of(model), {0, 1, 3}).labels for config in configs)
     gaps = [(a.raw - b.raw).abs().max() for a, b in zip(off, on)]
     assert gaps[0] > 1e-3 and gaps[1] > 1e-3 and gaps[2] < 1e-5
 
@@ -325,12 +325,12 @@ def test_dense_labels_are_the_expectation_of_next_labels(estimator, oracle):
     """Over every next token that the dense model may expect, at every position."""
     model = make(estimator=estimator, vocab_size=5, block_size=6, controlled=(0, 1, 3))
     batch, words = batch_of(model), dict(oracle=oracle, lambda_util=1.0)
-    dense = forward(model, config_for(model, label_target="dense", **words), batch, {0, 1, 3}).labels
+    dense = forward_batch(model, config_for(model, label_target="dense", **words), batch, {0, 1, 3}).labels
     q = model(batch.tokens, "full")[0].softmax(-1)  # (B, T, V)
     expected = [torch.zeros(4, 6) for _ in dense]
     for token in range(5):
         came = batch._replace(targets=torch.full_like(batch.targets, token))
-        labels = forward(model, config_for(model, label_target="next", **words), came, {0, 1, 3}).labels
+        labels = forward_batch(model, config_for(model, label_target="next", **words), came, {0, 1, 3}).labels
         for total, label in zip(expected, labels, strict=True):
             total += q[:, :, token].detach() * label.raw
     for label, total in zip(dense, expected):
@@ -348,12 +348,12 @@ def test_an_auxiliary_loss_trains_the_gate_of_its_layer_and_nothing_else(gate, e
     for layer in (1, 3):
         for target in ("next", "dense"):
             config = config_for(model, lambda_util=1.0, label_target=target, oracle="on_policy")
-            step = forward(model, config, batch_of(model), {layer})
+            step = forward_batch(model, config, batch_of(model), {layer})
             for name in ("util", "rank"):
                 assert reached(model, LOSSES[name](step)) == gate_names(model, layer)
     assert reached(model, LOSSES["anchor"](step)) == gate_names(model, 1) | gate_names(model, 3)
     if GATES[gate].predicts:
-        for route in forward(model, config_for(model, lambda_jepa=1.0), batch_of(model), set()).routes:
+        for route in forward_batch(model, config_for(model, lambda_jepa=1.0), batch_of(model), set()).routes:
             own = reached(model, LOSSES["jepa"](Step(model, config, step.context, None, routes=[route])))
             assert own and own <= {n for n in gate_names(model, route.layer) if "scorer" not in n}
 
@@ -361,7 +361,7 @@ def test_an_auxiliary_loss_trains_the_gate_of_its_layer_and_nothing_else(gate, e
 @pytest.mark.parametrize("gate", LEARNED)
 def test_under_hard_the_lm_loss_reaches_no_gate(gate):
     model = make(gate=gate, estimator="hard", controlled=(0, 2))
-    step = forward(model, config_for(model, lambda_lm=1.0), batch_of(model), set())
+    step = forward_batch(model, config_for(model, lambda_lm=1.0), batch_of(model), set())
     names = reached(model, LOSSES["lm"](step))
     assert names and not any(".gate." in name for name in names)
 
@@ -370,7 +370,7 @@ def test_no_loss_leaves_a_gradient_in_the_frozen_model():
     model, step = full_step(label_target="dense", oracle="on_policy")
     for p in model.backbone().values():
         p.requires_grad_(False)
-    step = forward(model, step.config, batch_of(model), {1, 3})
+    step = forward_batch(model, step.config, batch_of(model), {1, 3})
     sum(LOSSES[name[7:]](step) for name in EVERY_LOSS).backward()
     assert all(p.grad is None for p in model.backbone().values())
     assert all(p.grad.any() for p in model.controllers().values())
@@ -391,7 +391,7 @@ def test_slices_of_a_batch_make_the_losses_and_gradients_of_the_batch(changes, e
         values = torch.zeros(len(names))
         model.zero_grad()
         for index in slices:
-            step = forward(model, config, batch.rows(index), {1})
+            step = forward_batch(model, config, batch.rows(index), {1})
             losses = torch.stack([LOSSES[name](step) for name in names]) / len(slices)
             losses.sum().backward()
             values += losses.detach()
@@ -428,7 +428,7 @@ def rows_through_layers(model, config, labelled):
     calls = [[] for _ in model.h]
     hooks = [block.register_forward_hook(lambda module, args, out: calls[module.layer].append(len(args[0])))
              for block in model.h]
-    forward(model, config, batch_of(model), labelled)
+    forward_batch(model, config, batch_of(model), labelled)
     for hook in hooks:
         hook.remove()
     return calls

@@ -10,14 +10,15 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from configurator import HERE, ConfigError, read_file
-from gates import ESTIMATORS, GATES, LOSSES, threshold_for, uniform
+from gates import ESTIMATORS, GATES, LOSSES, threshold_for
+from kernels import uniform
 from metrics import StepRecord
 from model import GPT, GPTConfig
 from runs.gpt2 import load_gpt2
 from runs.machine import Machine, compile_layers
 from sample import generate, new_cache
 from test_routing import LEARNED, PAIRS, batch_of, config_for, context_of, make, same, tokens
-from train import DEFAULTS, forward
+from train import DEFAULTS, forward_batch
 
 
 # -----------------------------------------------------------------------------
@@ -322,7 +323,7 @@ def compiled_or_not(compiled, n_layer, steps, device):
     optimizer, results, graphs = torch.optim.SGD(trained, lr=0.1), [], []
     for i in range(steps):
         record = StepRecord(model, config, machine, logged=True)
-        step = forward(model, config, batch_of(model), {1 + i % 2})
+        step = forward_batch(model, config, batch_of(model), {1 + i % 2})
         losses = {name: LOSSES[name](step) for name in ("lm", "util")}
         record.before_backward(step, losses)
         sum(losses.values()).backward()

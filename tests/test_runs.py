@@ -669,14 +669,14 @@ def test_only_the_controllers_train_and_the_backbone_ends_as_it_began(name, plac
 
 
 def test_a_frozen_weight_that_moves_stops_the_run_before_a_summary(place, monkeypatch):
-    real = train.forward
+    real = train.forward_batch
 
-    def forward(model, *args):
+    def forward_batch(model, *args):
         with torch.no_grad():
             model.h[0].mlp.c_fc.bias[0] += 1e-4
         return real(model, *args)
 
-    monkeypatch.setattr(train, "forward", forward)
+    monkeypatch.setattr(train, "forward_batch", forward_batch)
     with pytest.raises(ConfigError, match="frozen"):
         go("train", *tiny())
     assert not Path(RUN, "summary.json").exists()
