@@ -23,6 +23,7 @@ from prepare import eval_batch
 from runs.files import read_json, write_json
 from runs.folder import CONFIG_FIELDS, read_summary
 from runs.run import calibration_rows, load_run
+from study.measures import group_title
 
 OPTIONS = dict(checkpoint="ckpt.pt", rows=16, positions=24, ceiling_rows=64)
 BUDGETS = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
@@ -265,19 +266,20 @@ def entries_of_run(run, name, asked):
     """The entries of one run: none of a run without gates or one that is not finished; of a gate that does
     not learn only the curve. Labels are asked at the first evaluation, where it left a checkpoint, and at the
     end."""
-    fields = {**CONFIG_FIELDS, "gate": str, "eval_interval": int}
+    fields = {**CONFIG_FIELDS, "gate": str, "eval_interval": int, "backbone": str, "backbone_seed": int}
     config = read_json(os.path.join(run, "config.json"), fields)
     if config is None or config["mode"] != "topk" or read_summary(run) is None:
         return []
     for plugin in config["plugin"]:
         load_plugin(plugin)
+    name = f"{name}, {group_title(config)}"
     first, last = config["eval_interval"], config["max_iters"]
     entries = []
     if GATES.get_or_refuse(config["gate"]).learned:
         if "labels" in asked:
             if first < last and os.path.exists(os.path.join(run, f"ckpt-{first}.pt")):
-                entries.append(Entry("labels", f"{name}, step {first}", run, f"ckpt-{first}.pt"))
-            entries.append(Entry("labels", f"{name}, step {last}", run))
+                entries.append(Entry("labels", f"{name}, at step {first}", run, f"ckpt-{first}.pt"))
+            entries.append(Entry("labels", name, run))
         if "ceiling" in asked:
             entries.append(Entry("ceiling", name, run))
     if "curves" in asked:

@@ -10,7 +10,8 @@ from configurator import ConfigError
 from study.claims import CLAIMS, LENGTH_CLAIM, READINGS, label_gain
 from study.details import paragraphs
 from study.leaderboard import table
-from study.report import group_title, read_groups, write_text
+from study.measures import group_title
+from study.report import read_groups, write_text
 from study.style import WIDTH, save
 from study.verdicts import count_leaning, judge_group, judge_lengths, rows_of, seeds_of, verdict_of
 
@@ -47,7 +48,7 @@ def write_map(results):
     if not groups:
         raise ConfigError(f"no folder in {results} holds a runs.jsonl with runs; run python -m study "
                           f"--report={os.path.join(results, 'tiny')} first")
-    titles = [f"`{group.key['scale']}`, {group_title(group)}" for group in groups]
+    titles = [f"`{group.key['scale']}`, {group_title(group.key)}" for group in groups]
     names, cells, absent = map_cells(groups)
     pictures = [save(draw_map(names, titles, cells), results, "map", "The map: claims x regimes"),
                 save(draw_gains(titles, groups), results, "label_gains",

@@ -20,6 +20,16 @@ def group_difference(one, other):
     return None
 
 
+def group_title(key):
+    """What tells a scale's groups apart, in words, from a record's group or a run's config."""
+    title = f"{key['max_iters']:,} steps"
+    if key["backbone"] == "backbone":
+        title += ", quick backbone"
+    if key["backbone_seed"]:
+        title += f", backbone seed {key['backbone_seed']}"
+    return title
+
+
 def by_group(records):
     """{group: its records}, in the order in which they came."""
     groups = {}

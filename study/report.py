@@ -11,7 +11,7 @@ from configurator import ConfigError
 from runs.files import write_whole
 from study import beside, details, pictures
 from study.leaderboard import OWN_LINE, difference_rule, leaderboard
-from study.measures import by_group
+from study.measures import by_group, group_title
 from study.records import read_records
 from study.verdicts import Group, judge_group, judge_lengths
 
@@ -24,7 +24,7 @@ def write_report(folder):
     if not groups:
         path = os.path.join(folder, "runs.jsonl")
         raise ConfigError(f"{path} holds no finished run; run python -m study first")
-    titles = [group_title(group) for group in groups]
+    titles = [group_title(group.key) for group in groups]
     judged = [judge_group(group) for group in groups]
     compared = judge_lengths(groups)
     images = [pictures.write_group(group, folder, slug) for group, slug in zip(groups, group_slugs(groups))]
@@ -74,15 +74,6 @@ def group_slugs(groups):
             slug += "_other"
         slugs.append(slug)
     return slugs
-
-
-def group_title(group):
-    title = f"{group.max_iters:,} steps"
-    if group.key["backbone"] == "backbone":
-        title += ", quick backbone"
-    if group.key["backbone_seed"]:
-        title += f", backbone seed {group.key['backbone_seed']}"
-    return title
 
 
 # -----------------------------------------------------------------------------

@@ -217,23 +217,24 @@ def test_audit_runs_adds_what_is_missing_and_repeats_nothing(done, monkeypatch, 
     arms, seeds = ["g1_full_aux", "random", "cheap_only"], [0, 1, 2]
     audit.audit_runs("out/tiny", arms, seeds, "report")
     written = json.loads(Path("report/audit.json").read_text())
-    assert set(written["labels"]) == {"g1_full_aux seed 0, step 6", "g1_full_aux seed 1, step 2",
-                                      "g1_full_aux seed 1, step 6"}
-    assert set(written["ceiling"]) == {"g1_full_aux seed 0", "g1_full_aux seed 1"}
-    assert set(written["curves"]) == {"g1_full_aux seed 0", "random seed 0"}
-    assert list(written["labels"]["g1_full_aux seed 1, step 2"]) == ["1", "2"]
+    first, second, noise = (f"{run}, 6 steps, quick backbone"
+                            for run in ("g1_full_aux seed 0", "g1_full_aux seed 1", "random seed 0"))
+    assert set(written["labels"]) == {first, f"{second}, at step 2", second}
+    assert set(written["ceiling"]) == {first, second}
+    assert set(written["curves"]) == {first, noise}
+    assert list(written["labels"][f"{second}, at step 2"]) == ["1", "2"]
     assert "left" in capsys.readouterr().out
 
-    del written["ceiling"]["g1_full_aux seed 1"]
-    written["curves"]["random seed 0"] = "untouched"
+    del written["ceiling"][second]
+    written["curves"][noise] = "untouched"
     Path("report/audit.json").write_text(json.dumps(written))
     asked = []
     monkeypatch.setitem(audit.QUESTIONS, "ceiling", lambda *what: asked.append(what) or {"rows": 1})
     audit.audit_runs("out/tiny", arms, seeds, "report")
     again = json.loads(Path("report/audit.json").read_text())
     assert asked == [(os.path.join("out/tiny", "g1_full_aux", "seed1"), "ckpt.pt")]
-    assert again["ceiling"]["g1_full_aux seed 1"] == {"rows": 1}
-    assert again["curves"]["random seed 0"] == "untouched"
+    assert again["ceiling"][second] == {"rows": 1}
+    assert again["curves"][noise] == "untouched"
 
 
 def test_a_broken_run_is_named_and_left_out(done, capsys):
