@@ -82,7 +82,8 @@ def map_cells(groups):
     if compared:
         names.append((f"{LENGTH_CLAIM.name} {LENGTH_CLAIM.title}", *LENGTH_CLAIM.readings))
         cells.append([cell_of([row for _, longer, row in compared if longer is group]) for group in groups])
-    return names, cells, absent
+    order = sorted(range(len(names)), key=lambda i: names[i][0].split()[0])
+    return [names[i] for i in order], [cells[i] for i in order], absent
 
 
 def brief(names):
@@ -143,7 +144,8 @@ def draw_gains(titles, groups):
 
 def draw_map(names, titles, cells):
     """The table as coloured cells; the words stand in them, so that no colour has to be told apart."""
-    width, height = max(5.0, min(WIDTH, 4.0 + 1.7 * len(titles))), 1.2 + 0.24 * len(names)
+    left = 0.5 * len(titles)  # the room for the names, in columns
+    width, height = max(7.0, min(WIDTH, 1.7 * (left + len(titles)))), 1.2 + 0.24 * len(names)
     figure, axis = plt.subplots(figsize=(width, height), dpi=80, layout="constrained")
     for y, line in enumerate(cells):
         for x, cell in enumerate(line):
@@ -152,13 +154,17 @@ def draw_map(names, titles, cells):
             if cell.verdict != "not run":
                 words = cell.words().replace("undecided, leans", "leans")
                 axis.annotate(words, (x + 0.5, y + 0.5), ha="center", va="center", fontsize=7)
-    axis.set_xlim(0, len(titles))
+    for y, (claim, reading) in enumerate(brief(names)):
+        axis.text(-0.05, y + 0.5, reading, ha="right", va="center", fontsize=7)
+        if claim:
+            axis.text(-left, y + 0.5, claim, va="center", fontsize=7, fontweight="bold")
+            axis.plot([-left, len(titles)], [y, y], color="0.6", lw=0.6)
+    axis.set_xlim(-left, len(titles))
     axis.set_ylim(len(names), 0)
     axis.set_xticks([x + 0.5 for x in range(len(titles))],
                     [title.replace("`", "").replace(", ", "\n") for title in titles], fontsize=7)
     axis.xaxis.tick_top()
-    axis.set_yticks([y + 0.5 for y in range(len(names))], [" ".join(name) for name in brief(names)],
-                    fontsize=7)
+    axis.set_yticks([])
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
