@@ -23,8 +23,8 @@ HEADING = """# The map: where the claims hold
 Each column is a regime: runs that may be compared. Each row is a claim under one reading of the estimator,
 C1 to C8 the paper's and H0 to H7 ours. A cell says *agree*, *disagree*, *mixed* or *undecided*, by a rule
 that was written before the numbers, and in brackets how many seeds there are. A claim has several
-*contrasts*, differences between two recipes that are judged one by one. An undecided cell *leans* where the
-contrasts whose seeds all agree are all on one side. H5 compares a column with the shorter runs beside it."""
+*contrasts*, differences between two recipes that are judged one by one. An undecided cell *leans* if the
+contrasts with unanimous seeds all point one way. H5 compares a column with the shorter runs beside it."""
 
 
 class Cell(NamedTuple):
