@@ -310,7 +310,7 @@ def test_a_run_that_trained_nothing_holds_its_folder_against_nobody(place, monke
     def no_memory(*args):
         raise MemoryError("a batch of that size")
     with monkeypatch.context() as m:
-        m.setattr(train, "forward", no_memory)
+        m.setattr(train, "forward_batch", no_memory)
         with pytest.raises(MemoryError):
             go("train", *tiny("--batch_size=16"))
     assert not Path(RUN, "ckpt.pt").exists()
