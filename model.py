@@ -255,8 +255,6 @@ class GPT(nn.Module):
             reference = self.ln_f(reference)
         return head_token_losses([self.ln_f(x) for x in streams], self.wte.weight, reference)
 
-    # what is trained
-
     def controllers(self):
         """{name: parameter} of what a controller-only run trains: gates, their predictors, cheap FFNs."""
         return {n: p for n, p in self.named_parameters() if ".gate." in n or ".cheap." in n}

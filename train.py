@@ -7,8 +7,7 @@
     python train.py config/g1_no_utilrank.py --plugin=my_gate.py --gate=my_gate --recipe=my_gate
     torchrun --standalone --nproc_per_node=2 train.py ...    several processes, the same global batch
 
-A run writes out/<scale>/<recipe>/seed<k>/. The same command resumes an interrupted run and leaves a finished
-one alone.
+A run writes out/<scale>/<recipe>/seed<k>/. The same command resumes it, and leaves a finished one alone.
 """
 import os
 import sys

@@ -37,11 +37,15 @@ def sync(path):
         os.close(descriptor)
 
 
-def write_json(path, value):
+def write_text(path, text):
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
+            f.write(text)
     write_whole(path, write)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1))
 
 
 # -----------------------------------------------------------------------------

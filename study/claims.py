@@ -12,9 +12,9 @@ HITS = ("hit_25", "hit_50", "hit_75", "hit_90", "cost_to_75")  # None: never
 RULE = f"""Stated before the numbers. The primary metric is the test LM loss at the end of training under
 causal `threshold` routing, which is what generation uses; losses under `topk` see the future and are
 labelled not causal. Everything is chosen on val; test is read once, at the end of each run. *Gap closed*
-is (L_cheap - L) / (L_cheap - L_dense), with `cheap_only` and `full_adapter` of the same seed, data and steps.
-A verdict's gap is the *own* one: its references have the arm's losses and optimizer too. *Early* is the first half of the steps. A *hit* is the first evaluation with that much of the
-gap closed.
+is (L_cheap - L) / (L_cheap - L_dense), with `cheap_only` and `full_adapter` of the same seed, data and
+steps. A verdict's gap is the *own* one: its references have the arm's losses and optimizer too. *Early* is
+the first half of the steps. A *hit* is the first evaluation with that much of the gap closed.
 
 A contrast is A - B, paired by seed. With an expected sign it *agrees* or *disagrees* when all seeds have
 one sign and the paired 95% t-interval excludes 0, after Holm's correction (corrected p < 0.05) over all

@@ -7,11 +7,12 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from configurator import ConfigError
+from runs.files import write_text
 from study.claims import CLAIMS, LENGTH_CLAIM, READINGS, label_gain
 from study.details import paragraphs
 from study.leaderboard import table
 from study.measures import group_title
-from study.report import read_groups, write_text
+from study.report import read_groups
 from study.style import WIDTH, save
 from study.verdicts import count_leaning, judge_group, judge_lengths, rows_of, seeds_of, verdict_of
 

@@ -18,12 +18,11 @@ import time
 
 import train
 from configurator import HERE, ConfigError, configure, exit_on_error
-from runs.files import read_json, write_json
+from runs.files import read_json, write_json, write_text
 from runs.machine import choose_device
 from study.__main__ import parse_seeds, refuse_without_packages, run_words, study_folder
 from study.arms import PLAIN, REFERENCES, Arms, is_key, key_of, refuse_words, train_hash
 from study.runner import end, project, sigterm_as_exit, tie_to_parent
-from study.report import write_text
 
 OPTIONS = dict(
     minutes=25.0,

@@ -13,7 +13,7 @@ import sys
 
 from configurator import ConfigError
 from metrics import causal
-from runs.files import read_json, write_whole
+from runs.files import read_json, write_text
 from study.measures import group_of, measure
 
 CONFIG_FIELDS = {"recipe": str, "scale": str, "mode": str, "seed": int, "max_iters": int, "batch_size": int,
@@ -224,9 +224,5 @@ def write_records(folder, records):
     os.makedirs(folder, exist_ok=True)
     held = {record_id(r): r for r in read_records(folder, strict=True)}
     held |= {record_id(r): r for r in records}
-
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            for key in sorted(held):
-                f.write(json.dumps(held[key], separators=(",", ":")) + "\n")
-    write_whole(os.path.join(folder, "runs.jsonl"), write)
+    lines = [json.dumps(held[key], separators=(",", ":")) + "\n" for key in sorted(held)]
+    write_text(os.path.join(folder, "runs.jsonl"), "".join(lines))

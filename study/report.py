@@ -8,7 +8,7 @@ audit.md       labels against exact flips, ceilings, other budgets (beside.py)
 import os
 
 from configurator import ConfigError
-from runs.files import write_whole
+from runs.files import write_text
 from study import beside, details, pictures
 from study.leaderboard import OWN_LINE, difference_rule, leaderboard
 from study.measures import by_group, group_title
@@ -42,13 +42,6 @@ def write_report(folder):
         if text:
             write_text(os.path.join(folder, name), text)
     print(f"wrote {os.path.join(folder, 'README.md')}, the pages beside it and their pictures")
-
-
-def write_text(path, text):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-    write_whole(path, write)
 
 
 def read_groups(folder):

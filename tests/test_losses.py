@@ -275,7 +275,8 @@ def test_labels_are_standardised_per_row_and_clamped(monkeypatch):
     for b in range(3):
         mean = sum(raw[b].tolist()) / 50
         std = math.sqrt(sum((v - mean) ** 2 for v in raw[b].tolist()) / 50) + 1e-6
-        same(label.target[b], torch.tensor([max(-3, min(3, (v - mean) / std)) for v in raw[b].tolist()]), 2e-3)
+        clamped = [max(-3, min(3, (v - mean) / std)) for v in raw[b].tolist()]
+        same(label.target[b], torch.tensor(clamped), 2e-3)
     assert label.target[1, 0] == 3 and torch.equal(label.raw, raw)
     assert torch.equal(label.permutation.sort(1).values, torch.arange(50).expand(3, 50))
     assert not torch.equal(label.permutation[0], label.permutation[1])
