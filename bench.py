@@ -130,7 +130,7 @@ class Case:
             if block.controlled:  # cheap starts at zero, and timings should not
                 torch.nn.init.normal_(block.cheap.c_proj.weight, std=0.02)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(self.model, self.config)
+        self.optimizers = make_optimizers(self.model, self.config, self.machine.dtype)
         rows = config["batch_size"] * config["gradient_accumulation_steps"]
         tokens = max(rows * (config["block_size"] + 1), 20_000)
         self.data = {"train": np.random.default_rng(0).integers(0, vocab_size, tokens).astype(np.uint16)}

@@ -4,9 +4,52 @@ import math
 import torch
 
 
-def make_optimizers(model, config):
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is made orthogonal: every singular value of a matrix's update becomes about 1
+    (Jordan et al., kellerjordan.github.io/posts/muon, 2024). Weights decay as in AdamW, and the update is
+    scaled to the size of AdamW's, 0.2 a number (Liu et al., arXiv:2502.16982).
+
+    torch.optim.Muon multiplies in bfloat16 always: hardware without it is forty times slower at that. This
+    one multiplies in `dtype`.
+    """
+
+    def __init__(self, groups, lr, weight_decay, dtype, momentum=0.95):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"])  # Nesterov: one step ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = 0.2 * math.sqrt(max(p.shape))
+                p.add_(orthogonalised(update, self.dtype), alpha=-group["lr"] * scale)
+
+
+def orthogonalised(update, dtype):
+    """A matrix with the singular vectors of `update` and singular values between about 0.7 and 1.2, by five
+    Newton-Schulz steps x <- 3.4445 x - 4.7750 (x x') x + 2.0315 (x x')^2 x."""
+    x = update.to(dtype)
+    wide = x.size(0) <= x.size(1)
+    if not wide:
+        x = x.T  # the products below are then of the smaller square
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.T
+
+
+def make_optimizers(model, config, dtype):
     """AdamW over exactly what requires a gradient; with muon_lr, Muon takes the matrices of attention and
-    FFNs. A gate keeps AdamW and its gate_lr."""
+    FFNs. A gate keeps AdamW and its gate_lr. dtype: in which the hardware multiplies fast."""
     groups, matrices = {}, []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -21,8 +64,7 @@ def make_optimizers(model, config):
     optimizers = [torch.optim.AdamW(groups, betas=(config["beta1"], config["beta2"]), fused=True)]
     if matrices:
         group = {"params": matrices, "peak": config["muon_lr"]}
-        optimizers.append(torch.optim.Muon([group], lr=config["muon_lr"], weight_decay=config["weight_decay"],
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([group], config["muon_lr"], config["weight_decay"], dtype))
     return optimizers
 
 

@@ -112,7 +112,7 @@ class Run:
         self.frozen = self.freeze_the_rest()
         self.frozen_hash = weights_hash(self.frozen)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(self.model, config)
+        self.optimizers = make_optimizers(self.model, config, machine.dtype)
         self.val = eval_batch(self.data["val"], config, config["eval_iters"])
         self.step, self.seconds, self.evaluations, self.machines = 0, 0.0, [], []
         self.resumed_at = None

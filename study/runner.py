@@ -67,7 +67,7 @@ def time_model(config, machine, opened):
         compile_layers(model)
     run = SimpleNamespace(model=model, config=config, machine=machine, data=data, step=0,
                           trained=[p for p in model.parameters() if p.requires_grad],
-                          optimizers=make_optimizers(model, config))
+                          optimizers=make_optimizers(model, config, machine.dtype))
     times = []
     for run.step in range(4):
         began = now(machine)

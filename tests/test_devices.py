@@ -65,7 +65,7 @@ def test_a_training_step_waits_for_nothing_and_leaves_the_device_nowhere(arm, ex
     record.before_backward(step, losses)
     sum(config[f"lambda_{name}"] * loss for name, loss in losses.items()).backward()
     record.after_backward(step)
-    values = record.values(trained, make_optimizers(model, config))
+    values = record.values(trained, make_optimizers(model, config, torch.float32))
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     assert values["losses"].keys() >= losses.keys()
     assert all(p.grad.device.type == "meta" for p in trained)

@@ -643,8 +643,8 @@ def test_a_gate_refuses_a_backbone_that_has_changed(use, done):
 def test_only_the_controllers_train_and_the_backbone_ends_as_it_began(name, place, monkeypatch):
     held, real = [], runs.run.make_optimizers
 
-    def make_optimizers(model, config):
-        optimizers = real(model, config)
+    def make_optimizers(model, config, dtype):
+        optimizers = real(model, config, dtype)
         held.append((model, {n: p.detach().clone() for n, p in model.named_parameters()}, optimizers))
         return optimizers
 
