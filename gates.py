@@ -12,7 +12,7 @@ The contract. A gate is one class and one line, in a file of your own (`--plugin
             return self.score(context.tokens).squeeze(-1), None
 
 - `h` (B, T, D) is the layer's FFN input ln_2(x), float32 and detached: no gate sends a gradient into the
-  backbone.
+  backbone, and none may change h in place.
 - `context` is whatever else a gate may read: `context.tokens` (B, T), the token ids; `context.start`, the
   position of the first of them; `context.noise(layer)` (B, T), uniform numbers that repeat under resume,
   several processes and a KV cache.
@@ -26,10 +26,8 @@ The contract. A gate is one class and one line, in a file of your own (`--plugin
 The tests run over every registered gate: `python -m pytest test_routing.py --plugin=my_gate.py`.
 
 After the gates come the selection, the estimators, the labels and the losses, in the order in which training
-uses them. They have registries of their own and are added in the same way. An estimator takes (scores, mask)
-and returns w (B, T). A loss takes a Step and returns a scalar. A label takes (step, route), on the rows that
-get labels, and returns (B, T); it can read the step's model, config, context, targets and dense, and the
-route's layer, scores, mask, x and h.
+uses them. Each has a registry and is added like a gate: a small class with a few attributes and __call__.
+Everywhere a pair of the two actions stands in the order [full, cheap].
 """
 import math
 from dataclasses import dataclass, field
@@ -39,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import ConfigError, Registry
+from configurator import ConfigError, Registry, where_is
 from kernels import uniform
 
 GATES = Registry("gate")
@@ -49,7 +47,7 @@ GATES = Registry("gate")
 class Context:
     """What a gate may read besides h."""
     tokens: torch.Tensor  # (B, T) int64, the token ids that h stands for
-    row_seeds: torch.Tensor  # (B,) int64, one a row: noise and the pairs of labels come from it
+    row_seeds: torch.Tensor  # (B,) int64, one a row: noise and the pairs of the rank loss come from it
     start: int = 0  # the position of the first token: above 0 behind a KV cache
 
     def noise(self, layer):
@@ -99,8 +97,8 @@ class JEPAGate(Gate):
         self.action = nn.Parameter(torch.randn(2, d) * 0.02)  # [full, cheap]
         self.predictor = nn.Sequential(nn.Linear(d, 3 * d), nn.GELU(), nn.Linear(3 * d, d))
         self.scorer = nn.Sequential(nn.Linear(3 * d, 3 * d), nn.GELU(), nn.Linear(3 * d, 1))
-        # The target head is fixed: the real outcomes are compared with predictions in d numbers of each FFN's
-        # output. It is seeded by the layer alone: every run of every seed has the same targets.
+        # The target head is fixed: it turns an FFN's real output into the d numbers that were to be predicted.
+        # It is seeded by the layer alone, so every run of every seed has the same outcomes.
         generator = torch.Generator().manual_seed(4228 + layer)
         orthonormal, _ = torch.linalg.qr(torch.randn(config.n_embd, d, generator=generator))
         self.register_buffer("target_head", orthonormal)  # (D, d)
@@ -144,8 +142,8 @@ class RandomGate(Gate):
 
 @GATES.register("static")
 class StaticGate(RandomGate):
-    """No decision. Its recipe sets share_step = 1, so `metrics.allocate` makes whole layers full. Inside a
-    layer that is full in part the tokens are random. A learned gate has to beat this."""
+    """No decision. With this gate `model.choose_layers` makes whole layers full once in training. At most one
+    layer is full in part, and there the tokens are random. A learned gate has to beat this."""
 
 
 # -----------------------------------------------------------------------------
@@ -178,13 +176,16 @@ def threshold_for(scores, budget):
 
 
 # -----------------------------------------------------------------------------
-# estimators: (scores, mask), both (B, T) -> w (B, T) float32. The output is w * full + (1 - w) * cheap, so
-# the gradient of w, by which the loss teaches the scores, is of (full - cheap). Three flags:
-#   reads_both    w has a gradient on every token, so both outputs are needed there
-#   mixes         w is not 1 on full tokens, so cheap is part of their output
-#   standardises  the scores are standardised before the sigmoid
+# estimators: (scores, mask), both (B, T) -> the route weight w (B, T) float32. The layer's output is w * full +
+# (1 - w) * cheap, so the gradient of w, by which the loss teaches the scores, is of (full - cheap).
 
-ESTIMATORS = Registry("estimator", reads_both=False, mixes=False, standardises=False)
+ESTIMATORS = Registry("estimator")
+
+
+class Estimator:
+    reads_both = False  # w has a gradient on every token, so both outputs are needed there
+    mixes = False  # w is not 1 on full tokens, so cheap is part of their output
+    standardises = False  # the scores are standardised before the sigmoid
 
 
 def standardise(x):
@@ -198,30 +199,42 @@ def straight_through(mask, p):
     return mask.float() + (p - p.detach())
 
 
-@ESTIMATORS.register("ste_norm", reads_both=True, standardises=True)
-def ste_norm(scores, mask):
+@ESTIMATORS.register("ste_norm")
+class StandardisedStraightThrough(Estimator):
     """Top-k does not care if all scores of a row move together, and neither does this estimator."""
-    return straight_through(mask, torch.sigmoid(standardise(scores)))
+    reads_both = True
+    standardises = True
+
+    def __call__(self, scores, mask):
+        return straight_through(mask, torch.sigmoid(standardise(scores)))
 
 
-@ESTIMATORS.register("ste", reads_both=True)
-def ste(scores, mask):
-    """What most would write first. The scores of a row drift together until the sigmoid is flat: the gate is
-    dead."""
-    return straight_through(mask, torch.sigmoid(scores))
+@ESTIMATORS.register("ste")
+class StraightThrough(Estimator):
+    """The plain straight-through estimator. All scores of a row drift up together, since that lowers the loss
+    a little at every step. The sigmoid gets flat there, its gradient vanishes, and the gate is dead."""
+    reads_both = True
+
+    def __call__(self, scores, mask):
+        return straight_through(mask, torch.sigmoid(scores))
 
 
-@ESTIMATORS.register("scaled", mixes=True)
-def scaled(scores, mask):
+@ESTIMATORS.register("scaled")
+class Scaled(Estimator):
     """Mixture-of-Depths style: the weight acts in the forward pass; only selected tokens teach the gate. It
     lies between 0 and 2, and a score of 0 weighs 1. Above 1 cheap is subtracted."""
-    return mask.float() * 2 * torch.sigmoid(scores)
+    mixes = True
+
+    def __call__(self, scores, mask):
+        return mask.float() * 2 * torch.sigmoid(scores)
 
 
 @ESTIMATORS.register("hard")
-def hard(scores, mask):
+class Hard(Estimator):
     """The mask. The LM loss teaches nothing, labels alone do."""
-    return mask.float()
+
+    def __call__(self, scores, mask):
+        return mask.float()
 
 
 # -----------------------------------------------------------------------------
@@ -237,126 +250,159 @@ class Route(NamedTuple):
     x: torch.Tensor | None = None  # (B, T, D) the residual stream before the FFN
     h: torch.Tensor | None = None  # (B, T, D) the FFN's input
 
-    def rows(self, index):
-        """The scores, x and h of some rows."""
-        return Route(self.layer, self.scores[index], self.mask[index], x=self.x[index], h=self.h[index])
+    def first_rows(self, n):
+        """The scores, mask, x and h of the first n rows."""
+        return Route(self.layer, self.scores[:n], self.mask[:n], x=self.x[:n], h=self.h[:n])
 
 
-class Label(NamedTuple):
-    """The labels of one controlled layer, on the rows that got some."""
+class LayerLabels(NamedTuple):
+    """The labels of one controlled layer, on the b rows that get some."""
+    layer: int
     scores: torch.Tensor  # (b, T) the gate's, with their gradient
     raw: torch.Tensor  # (b, T) what full saves over cheap, in nats
-    target: torch.Tensor  # (b, T) the same, standardised per row and clamped to +-3: what the losses use
-    permutation: torch.Tensor  # (b, T) int64: token t is paired with token permutation[t]
+    d: torch.Tensor  # (b, T) the same, standardised per row and clamped to +-3: what the losses use
+    partner: torch.Tensor  # (b, T) int64: token t is paired with token partner[t]
 
 
 @dataclass
-class Step:
-    """What a training step's forward pass leaves for the labels and the losses."""
+class Trace:
+    """What a forward pass of training leaves for the labels and the losses."""
     model: nn.Module
     config: dict
     context: Context
     targets: torch.Tensor  # (B, T) int64, the next tokens
     x: torch.Tensor | None = None  # (B, T, D) the residual stream after the last layer
-    routes: list = field(default_factory=list)  # of Route
-    labels: list = field(default_factory=list)  # of Label
-    dense: torch.Tensor | None = None  # (B, T, D) the stream of the frozen dense model after its last layer
+    dense_x: torch.Tensor | None = None  # (B, T, D) the same of the dense model: mode full, no gradient
+    routes: list = field(default_factory=list)  # of Route, one a controlled layer
+    labels: list = field(default_factory=list)  # of LayerLabels, of the layers that got labels
 
-    def rows(self, index):
-        """What labels need of some rows."""
-        context = Context(self.context.tokens[index], self.context.row_seeds[index])
-        dense = None if self.dense is None else self.dense[index]
-        return Step(self.model, self.config, context, self.targets[index], dense=dense)
+    def first_rows(self, n):
+        """What labels need of the first n rows."""
+        context = Context(self.context.tokens[:n], self.context.row_seeds[:n])
+        dense_x = None if self.dense_x is None else self.dense_x[:n]
+        return Trace(self.model, self.config, context, self.targets[:n], dense_x=dense_x)
 
 
 # -----------------------------------------------------------------------------
-# labels: (step, route) -> raw label (B, T) of the route's layer l: the larger, the more full is worth there.
-# Those below are in nats, loss(cheap at l) - loss(full at l). The key --oracle picks one. `suffix` is the
-# mode in which the layers after l run, for the count of FLOPs. A label's loss is against what the key
-# --label_target picks: tokens (B, T), or a stream (B, T, D) that stands for the distribution it predicts.
+# labels: (trace, route) -> (B, T), the larger, the more full is worth at the route's layer. A label can read the
+# trace's model, config, context, targets and dense_x, and the route's layer, scores, mask, x and h.
 
-LABELS = Registry("oracle", suffix=None)
-TARGETS = Registry("label_target", needs_dense=False)
+LABELS = Registry("oracle")
 
 
-@LABELS.register("off_policy", suffix="full")
-def off_policy_label(step, route):
-    """The paper's oracle: the layers after l execute full."""
-    return suffix_label(step, route, "full")
+class Label:
+    suffix = None  # the mode in which the layers after the labelled one run, for the count of FLOPs
+
+    def __call__(self, trace, route):
+        raise NotImplementedError
 
 
-@LABELS.register("on_policy", suffix="topk")
-def on_policy_label(step, route):
-    """The layers after l run as the current gates route: re-scored and re-routed in each branch."""
-    return suffix_label(step, route, "topk")
+class SuffixLabel(Label):
+    """In nats: loss(cheap at the layer, for all tokens) - loss(full there, for all tokens). The layers before
+    it are as they were executed. Both branches run to the end in one batch."""
+
+    @torch.no_grad()
+    def __call__(self, trace, route):
+        branches = torch.cat(forced_branches(trace.model, route))  # (2B, T, D)
+        x, _ = trace.model.run(branches, self.suffix, trace.context.twice(), first=route.layer + 1)
+        loss_full, loss_cheap = trace.model.token_losses(x.chunk(2), label_reference(trace))  # (B, T) each
+        return loss_cheap - loss_full
 
 
-@TARGETS.register("next")
-def next_token(step):
-    """The token that came, (B, T)."""
-    return step.targets
-
-
-@TARGETS.register("dense", needs_dense=True)
-def dense_model(step):
-    """What the frozen model predicts, (B, T, D): a function of the context alone, as a gate's score is,
-    without the surprise of the token that came."""
-    return step.dense
-
-
-@torch.no_grad()
-def suffix_label(step, route, mode):
-    """Both branches of the layer run to the end in one batch; the layers before are as executed: route.x."""
-    branches = torch.cat(forced_branches(step.model, route))  # (2B, T, D)
-    x, _ = step.model.run(branches, mode, step.context.twice(), first=route.layer + 1)
-    target = TARGETS[step.config["label_target"]](step)
-    loss_cheap, loss_full = step.model.token_losses(x.chunk(2), target)  # (B, T) each
-    return loss_cheap - loss_full
+def label_reference(trace):
+    """What a label's losses are against, by the key label_target: `next`, the token that came, (B, T); or
+    `dense`, what the dense model predicts, as its stream (B, T, D). The second is a function of the context
+    alone, as a score is; the first adds the surprise of the token that came."""
+    if trace.config["label_target"] == "dense":
+        return trace.dense_x
+    return trace.targets
 
 
 def forced_branches(model, route):
-    """The residual stream (B, T, D) after the route's layer: with every token cheap, and with all full."""
+    """The residual stream (B, T, D) after the route's layer: with all tokens full, and with all cheap."""
     block = model.h[route.layer]
     full, cheap = block.mlp(route.h), block.cheap(route.h)
     # 1, unless the estimator mixes: under `scaled` a full token is weighted by its score.
     w = block.estimator(route.scores, torch.ones_like(route.mask)).unsqueeze(-1)
-    return route.x + cheap, route.x + w * full + (1 - w) * cheap
+    return route.x + w * full + (1 - w) * cheap, route.x + cheap
 
 
-def make_label(step, route):
-    """The Label of a route; step and route hold the same rows."""
+@LABELS.register("off_policy")
+class OffPolicyLabel(SuffixLabel):
+    """The paper's oracle: the layers after the labelled one execute full."""
+    suffix = "full"
+
+
+@LABELS.register("on_policy")
+class OnPolicyLabel(SuffixLabel):
+    """The layers after the labelled one run as the gates route now: re-scored and re-routed in each branch."""
+    suffix = "topk"
+
+
+@LABELS.register("shuffled")
+class ShuffledLabel(OffPolicyLabel):
+    """A control: the paper's labels, shuffled within each row. They say nothing about a token. What they gain
+    is what any loss on the scores gains."""
+
+    def __call__(self, trace, route):
+        order = uniform(trace.context.row_seeds, -2, route.scores.size(1)).argsort(1)  # -2: no layer's stream
+        return super().__call__(trace, route).gather(1, order)
+
+
+def make_labels(trace, route):
+    """-> the LayerLabels of a route; trace and route hold the same rows."""
+    label = LABELS[trace.config["oracle"]]
     with torch.no_grad():
-        raw = LABELS[step.config["oracle"]](step, route).float()
+        raw = label()(trace, route).float()
         if raw.shape != route.scores.shape:
-            raise ConfigError(f"the label {step.config['oracle']!r} must be (B, T), not {tuple(raw.shape)}")
-        target = standardise(raw).clamp(-3, 3)
-        permutation = uniform(step.context.row_seeds, -1, raw.size(1)).argsort(1)  # -1 is no layer's stream
-    return Label(route.scores, raw, target, permutation)
+            raise ConfigError(f"the label {trace.config['oracle']!r} ({where_is(label)}) must be (B, T) = "
+                              f"{tuple(route.scores.shape)}, not {tuple(raw.shape)}")
+        d = standardise(raw).clamp(-3, 3)
+        partner = uniform(trace.context.row_seeds, -1, raw.size(1)).argsort(1)  # -1: no layer's stream
+    return LayerLabels(route.layer, route.scores, raw, d, partner)
 
 
 # -----------------------------------------------------------------------------
-# losses: Step -> a scalar. `weight` is the default of the config key lambda_<name>. `needs` says what of the
-# step a loss reads: stream, dense, scores, labels or outcomes. Where a run has none the loss does not apply.
+# losses: Trace -> a scalar
 
-LOSSES = Registry("loss", weight=0.0, needs="scores")
+LOSSES = Registry("loss")
 
 
-@LOSSES.register("lm", weight=1.0, needs="stream")
-def lm_loss(step):
+class Loss:
+    weight = 0.0  # the default of a plugin's key lambda_<name>; those of our own stand in train.py
+    # What of the trace it reads: x, dense_x, routes, labels or outcomes. A run that has none of it goes without
+    # the loss.
+    needs = "routes"
+
+    def __call__(self, trace):
+        raise NotImplementedError
+
+
+@LOSSES.register("lm")
+class LMLoss(Loss):
     """Cross entropy with the next token."""
-    return step.model.lm_loss(step.x, step.targets)
+    needs = "x"
+
+    def __call__(self, trace):
+        return trace.model.lm_loss(trace.x, trace.targets)
 
 
-@LOSSES.register("distill", needs="dense")
-def distill_loss(step):
+@LOSSES.register("distill")
+class DistillLoss(Loss):
     """KL(dense || routed), mean over tokens: be the model that was frozen, for less."""
-    return step.model.distill_loss(step.x, step.dense)
+    needs = "dense_x"
+
+    def __call__(self, trace):
+        return trace.model.kl_loss(trace.x, trace.dense_x)
 
 
-@LOSSES.register("jepa", weight=1.0, needs="outcomes")
-def jepa_loss(step):
-    """1 - cosine of predicted and real outcomes, mean over the two paths, tokens and layers."""
-    return sum(alignment(r.prediction, r.outcomes).mean() for r in step.routes) / len(step.routes)
+@LOSSES.register("jepa")
+class JEPALoss(Loss):
+    """1 - cosine of predicted and real outcomes, mean over the two actions, tokens and layers."""
+    needs = "outcomes"
+
+    def __call__(self, trace):
+        return mean(alignment(r.prediction, r.outcomes).mean() for r in trace.routes)
 
 
 def alignment(prediction, outcomes):
@@ -366,40 +412,56 @@ def alignment(prediction, outcomes):
     return (distance * present).sum((1, 2)) / present.sum((1, 2)).clamp_min(1)
 
 
-@LOSSES.register("util", weight=1.0, needs="labels")
-def util_loss(step):
-    """Regression of the scores, as they are, on the labels' targets: smooth L1."""
-    distances = [F.smooth_l1_loss(l.scores, l.target, reduction="none").mean(1).mean() for l in step.labels]
-    return sum(distances) / len(distances)
+@LOSSES.register("util")
+class UtilLoss(Loss):
+    """Regression of the raw scores on the normalised labels d: smooth L1."""
+    needs = "labels"
+
+    def __call__(self, trace):
+        return mean(F.smooth_l1_loss(l.scores, l.d, reduction="none").mean(1).mean() for l in trace.labels)
 
 
-@LOSSES.register("rank", weight=1.0, needs="labels")
-def rank_loss(step):
+@LOSSES.register("rank")
+class RankLoss(Loss):
     """Pairs of tokens should be ordered as their labels are."""
-    return sum(pairwise(l.scores, l.target, l.permutation).mean() for l in step.labels) / len(step.labels)
+    needs = "labels"
+
+    def __call__(self, trace):
+        return mean(pairwise(l.scores, l.d, l.partner).mean() for l in trace.labels)
 
 
-def pairwise(scores, target, permutation):
-    """|dt| * softplus(-sign(dt) * ds), dt and ds the differences of target and score in the pairs (t,
-    permutation[t]): all (B, T) -> (B,)."""
-    dt = target - target.gather(1, permutation)
-    ds = scores - scores.gather(1, permutation)
-    return (dt.abs() * F.softplus(-dt.sign() * ds)).mean(1)
+def pairwise(scores, d, partner):
+    """|dd| * softplus(-sign(dd) * ds), dd and ds the differences of label and score in the pairs (t,
+    partner[t]): all (B, T) -> (B,)."""
+    dd = d - d.gather(1, partner)
+    ds = scores - scores.gather(1, partner)
+    return (dd.abs() * F.softplus(-dd.sign() * ds)).mean(1)
 
 
 @LOSSES.register("anchor")
-def anchor_loss(step):
+class AnchorLoss(Loss):
     """The square of a row's mean score: it holds the scores of `ste` where the sigmoid has a slope."""
-    return sum(r.scores.mean(1).square().mean() for r in step.routes) / len(step.routes)
+
+    def __call__(self, trace):
+        return mean(r.scores.mean(1).square().mean() for r in trace.routes)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def active_losses(config):
-    """{name: loss} of a run's config: those with a weight, where the run has what they need."""
+    """{name: loss} of a run's config: the losses with a weight, where the run has what they need."""
     gate, routed = GATES[config["gate"]], config["mode"] == "topk"
-    learned = routed and gate.learned
-    present = {"stream": True,
-               "dense": config["mode"] != "full", "scores": learned,
-               "labels": learned and config["label_share"] > 0,
-               "outcomes": routed and gate.predicts}
+    present = {"x"}
+    if config["mode"] != "full":  # a backbone is the dense model itself
+        present.add("dense_x")
+    if routed and gate.learned:
+        present.add("routes")
+    if routed and gate.learned and config["label_share"] > 0:
+        present.add("labels")
+    if routed and gate.predicts:
+        present.add("outcomes")
     weighted = {name: loss for name, loss in LOSSES.items() if config[f"lambda_{name}"] > 0}
-    return {name: loss for name, loss in weighted.items() if present[loss.needs]}
+    return {name: loss() for name, loss in weighted.items() if loss.needs in present}

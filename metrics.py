@@ -1,11 +1,14 @@
-"""What is measured of a model besides its loss: FLOPs, gradient norms, the health of scores and predictors,
-and how much of the gap between all-cheap and dense a run closes. Nothing here trains anything."""
+"""What is measured of a model besides its loss: gradient norms, the health of scores and predictors, evaluation
+against the dense model, how much of the gap between all-cheap and dense a run closes, and FLOPs. Nothing here
+trains anything."""
+import time
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from gates import GATES, LABELS, TARGETS, Context, active_losses, standardise
+from gates import GATES, LABELS, Context, active_losses, standardise
+from model import GPT
 
 DEAD = 0.01  # a gate whose mean p (1 - p) is below this has a flat sigmoid: the LM loss teaches it nothing
 HIT_LEVELS = (0.25, 0.5, 0.75, 0.9)
@@ -14,51 +17,45 @@ HIT_LEVELS = (0.25, 0.5, 0.75, 0.9)
 # -----------------------------------------------------------------------------
 # one training step
 
-class StepRecord:
+class StepLog:
     """What a training step says of itself: its losses, and on a logged step gradient norms, realised budgets
     and the health of the scores. Means over the slices of the batch and over all processes."""
 
-    def __init__(self, model, config, machine, logged):
-        self.config, self.logged, self.machine = config, logged, machine
-        self.slices = config["gradient_accumulation_steps"] * machine.processes
+    def __init__(self, model, config, machine, slices, logged):
+        self.config, self.logged, self.machine, self.slices = config, logged, machine, slices
         self.sums = {}  # name -> the sum over slices of a tensor
         self.gate = []
         if config["mode"] == "topk":
             self.gate = [p for n, p in model.named_parameters() if ".gate." in n and p.requires_grad]
-        self.layers = len(model.config.controlled)
 
-    def add(self, name, value):
-        value = torch.as_tensor(value, device=self.machine.device).detach().float() / self.slices
-        self.sums[name] = self.sums.get(name, 0) + value
-
-    def before_backward(self, step, losses):
+    def add(self, trace, losses):
+        """After the backward pass of a slice, whose graph is still there on a logged step."""
         for name, loss in losses.items():
-            self.add(name, loss)
+            self.sum(name, loss)
         if not self.logged:
             return
         if "lm" not in losses:  # nothing trains on it, and a reader wants to see it
-            self.add("lm", step.model.token_losses([step.x], step.targets)[0].mean())
-        if step.routes:
-            self.add("budget", torch.stack([r.mask.float().mean() for r in step.routes]))
+            self.sum("lm", trace.model.token_losses([trace.x], trace.targets)[0].mean())
+        if trace.routes:
+            self.sum("budget", torch.stack([r.mask.float().mean() for r in trace.routes]))
+            grads = [r.scores.grad for r in trace.routes if r.scores.grad is not None]
+            if grads:
+                self.sum("score_gradient", self.slices * sum(g.square().sum() for g in grads))
         if self.gate:
-            estimators = [step.model.h[r.layer].estimator for r in step.routes]
-            health = [score_health(r.scores, estimator) for r, estimator in zip(step.routes, estimators)]
-            self.add("health", torch.stack(health))
-        if step.labels:
-            correlations = [spearman(label.scores.detach(), label.raw) for label in step.labels]
-            self.add("label_correlation", sum(correlations) / len(correlations))
-        for route in step.routes:
-            if route.scores.requires_grad:
-                route.scores.retain_grad()
+            estimators = [trace.model.h[r.layer].estimator for r in trace.routes]
+            health = [score_health(r.scores, estimator) for r, estimator in zip(trace.routes, estimators)]
+            self.sum("health", torch.stack(health))
+        if trace.labels:
+            correlations = [spearman(label.scores.detach(), label.raw) for label in trace.labels]
+            self.sum("label_correlation", sum(correlations) / len(correlations))
         if "jepa" in losses:
             loss = self.config["lambda_jepa"] * losses["jepa"]
-            grads = torch.autograd.grad(loss, self.gate, retain_graph=True, allow_unused=True)
-            self.add("jepa_gradient", flatten(grads, self.gate))
+            grads = torch.autograd.grad(loss, self.gate, allow_unused=True)
+            self.sum("jepa_gradient", flatten(grads, self.gate))
 
-    def after_backward(self, step):
-        if self.logged:
-            grads = [r.scores.grad for r in step.routes if r.scores.grad is not None]
-            self.add("score_gradient", self.slices * sum(g.square().sum() for g in grads))
+    def sum(self, name, value):
+        value = torch.as_tensor(value, device=self.machine.device).detach().float() / self.slices
+        self.sums[name] = self.sums.get(name, 0) + value
 
     def values(self, trained, optimizers):
         """{name: value} for log.jsonl, tensors nobody has waited for. The gradients of `trained` are summed
@@ -74,7 +71,9 @@ class StepRecord:
         if not self.logged:
             return values
         every = [p.grad for p in trained if p.grad is not None]
-        values["grad_norm"] = {"all": norm(every), "scores": scores.sqrt()}
+        values["grad_norm"] = {"all": torch.stack([g.norm() for g in every]).norm()}
+        if scores is not None:
+            values["grad_norm"]["scores"] = scores.sqrt()
         if self.gate:
             gate = flatten([p.grad for p in self.gate], self.gate)
             values["grad_norm"]["gate"] = gate.norm()
@@ -90,10 +89,6 @@ class StepRecord:
 def flatten(grads, parameters):
     """Gradients, of which some may be None, as one vector."""
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)])
-
-
-def norm(tensors):
-    return torch.stack([t.norm() for t in tensors]).norm()
 
 
 @torch.no_grad()
@@ -126,13 +121,13 @@ def spearman(a, b):
 
 
 @torch.no_grad()
-def predictor_health(prediction, target):
-    """Is G3's predictor alive? prediction, target (N, 2, d) -> dict. R^2 is on unit vectors, against the mean
-    target of each action and against the action-blind prediction (the mean of both predictions). Collapsed:
+def predictor_health(prediction, outcomes):
+    """Is G3's predictor alive? prediction, outcomes (N, 2, d) -> dict. R^2 is on unit vectors, against the mean
+    outcome of each action and against the action-blind prediction (the mean of both predictions). Collapsed:
     R^2 over action-blind <= 0, or the effective rank (the exponential of the spectrum's entropy) < 2."""
     prediction = prediction.float()
-    unit, aim = F.normalize(prediction, dim=-1), F.normalize(target, dim=-1)
-    present = (target.square().sum(-1, keepdim=True) > 0).float()  # (N, 2, 1)
+    unit, aim = F.normalize(prediction, dim=-1), F.normalize(outcomes, dim=-1)
+    present = (outcomes.square().sum(-1, keepdim=True) > 0).float()  # (N, 2, 1)
     error = ((unit - aim).square() * present).sum()
     mean = (aim * present).sum(0) / present.sum(0).clamp_min(1)
     blind = F.normalize(prediction.mean(1, keepdim=True), dim=-1)
@@ -154,33 +149,61 @@ def predictor_health(prediction, target):
 # -----------------------------------------------------------------------------
 # evaluation
 
+def progress(items, what, quiet=10.0):
+    """Yield the items of a list; where that takes longer than `quiet` seconds, say every so often how far it
+    is and how long the rest will take."""
+    began = shown = time.time()
+    for done, item in enumerate(items):
+        now = time.time()
+        if now - shown > quiet:
+            shown, left = now, (now - began) / done * (len(items) - done)
+            print(f"  {what}: {done} of {len(items)}, {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        yield item
+
+
+def slices_of(batch, tokens=2 ** 12):
+    """A batch (N, T) in parts of about so many tokens: what a CPU's memory holds easily."""
+    rows = max(1, tokens // batch.tokens.size(1))
+    return [batch.rows(slice(i, i + rows)) for i in range(0, len(batch.tokens), rows)]
+
+
 @torch.no_grad()
-def evaluate(model, batch, mode, machine):
-    """The mean loss over a batch (N, T), and the realised budget of each controlled layer."""
-    total, full, rows = 0.0, [], max(1, 8192 // batch.tokens.size(1))
+def evaluate(model, batch, modes, machine):
+    """Each of some modes on a batch (N, T) -> {mode: {"loss", "budget": the realised share of each controlled
+    layer, "kl": KL(dense || this mode), "agreement": how often both have the same likeliest token}}."""
+    totals = {mode: torch.zeros(3, dtype=torch.float64) for mode in modes}  # loss, kl, agreement
+    full = {mode: [] for mode in modes}
     with machine.autocast():
-        for i in range(0, len(batch.tokens), rows):
-            part = batch.rows(slice(i, i + rows)).to(machine.device)
+        for part in progress(slices_of(batch), f"evaluating under {', '.join(modes)}"):
+            part = part.to(machine.device)
             context = Context(part.tokens, part.row_seeds)
-            x, routes = model.run(model.embed(context), mode, context)
-            total += model.token_losses([x], part.targets)[0].sum().item()
-            full.append([r.mask.float().sum().item() for r in routes])
-    n = batch.targets.numel()
-    return total / n, [sum(layer) / n for layer in zip(*full)]
+            x = model.embed(context)
+            dense_x, _ = model.run(x, "full", context)
+            for mode in modes:
+                routed_x, routes = (dense_x, []) if mode == "full" else model.run(x, mode, context)
+                totals[mode] += model.compare(routed_x, dense_x, part.targets).cpu()
+                full[mode].append([r.mask.float().sum().item() for r in routes])
+    n, results = batch.targets.numel(), {}
+    for mode in modes:
+        loss, kl, agreement = (totals[mode] / n).tolist()
+        results[mode] = {"loss": loss, "budget": [sum(layer) / n for layer in zip(*full[mode])], "kl": kl,
+                         "agreement": agreement}
+    return results
 
 
-def evaluate_modes(model, config, machine, batch, calibration=None):
-    """{mode: loss} and {mode: realised budgets} under each mode of this kind of run. calibration: the
-    training rows that set the thresholds first. `topk` ranks inside the sequence, so its loss is not
-    causal."""
+def evaluate_modes(model, config, machine, batch):
+    """evaluate(...) under each mode of this kind of run, and the dense model beside it. `topk` ranks inside the
+    sequence, so its loss is not causal."""
     modes = ["topk", "threshold"] if config["mode"] == "topk" else [config["mode"]]
-    if calibration and "threshold" in modes:
-        rows = calibration.to(machine.device)
-        with machine.autocast():
-            model.calibrate(Context(rows.tokens, rows.row_seeds))
-    results = {mode: evaluate(model, batch, mode, machine) for mode in modes}
-    losses = {mode: loss for mode, (loss, _) in results.items()}
-    return losses, {mode: budgets for mode, (_, budgets) in results.items() if budgets}
+    return evaluate(model, batch, list(dict.fromkeys([*modes, "full"])), machine)
+
+
+def calibrate(model, batch, machine):
+    """Set the thresholds on a batch of training text."""
+    batch = batch.to(machine.device)
+    with machine.autocast():
+        model.calibrate(Context(batch.tokens, batch.row_seeds),
+                        watch=lambda layers: progress(layers, "calibrating, layer"))
 
 
 @torch.no_grad()
@@ -195,56 +218,41 @@ def predictors_health(model, config, machine, batch, rows=16):
     return {r.layer: predictor_health(r.prediction.flatten(0, 1), r.outcomes.flatten(0, 1)) for r in routes}
 
 
-# -----------------------------------------------------------------------------
-# budgets
-
-@torch.no_grad()
-def allocate(model, config, machine, batch):
-    """Hand out config["budget"] * (number of controlled layers) in portions of config["share_step"], each to
-    the layer where it lowers the loss on this batch most; a layer holds 1 at most. Sets every layer's
-    budget."""
-    blocks = [model.h[i] for i in model.config.controlled]
-    for block in blocks:
-        block.budget = 0.0
-    left = config["budget"] * len(blocks)
-    while left > 1e-9:
-        losses = {}
-        for block in blocks:
-            if block.budget < 1:
-                before = block.budget
-                block.budget = min(1.0, before + min(config["share_step"], left))
-                losses[block], _ = evaluate(model, batch, "topk", machine)
-                block.budget = before
-        best = min(losses, key=losses.get)
-        portion = min(config["share_step"], left, 1 - best.budget)
-        best.budget += portion
-        left -= portion
-    budgets = [round(block.budget, 3) for block in blocks]
-    machine.print(f"budgets of the controlled layers, chosen on training text: {budgets}")
+def warnings_of(results, health, budgets):
+    """What a user should know of an evaluation, in words: a realised budget far from the asked one, a predictor
+    that has collapsed. budgets: what was asked of each layer."""
+    lines = []
+    if "threshold" in results:
+        asked, realised = (sum(shares) / len(shares) for shares in (budgets, results["threshold"]["budget"]))
+        if abs(asked - realised) > 0.1:
+            lines.append(f"the realised budget is {realised:.2f} where {asked:.2f} was asked: this text is unlike "
+                         "the training text that set the thresholds")
+    collapsed = [layer for layer, values in health.items() if values["collapsed"]]
+    if collapsed:
+        lines.append(f"the predictors of layers {collapsed} have collapsed: they say the same of full and cheap, "
+                     "or of all tokens")
+    return lines
 
 
-def set_budget(model, budget):
-    """Give the controlled layers budgets whose mean is `budget`, keeping their order."""
-    blocks = [model.h[i] for i in model.config.controlled]
-    mean = sum(block.budget for block in blocks) / len(blocks)
-    for block in blocks:
-        if budget < mean:
-            block.budget = block.budget * budget / mean
-        else:
-            block.budget = 1 - (1 - block.budget) * (1 - budget) / max(1 - mean, 1e-12)
+def describe(results):
+    """The results of `evaluate` in words."""
+    parts = []
+    for mode, result in results.items():
+        words = f"{result['loss']:.4f} under {mode}"
+        if mode == "topk":
+            words += " (not causal)"
+        elif mode != "full":
+            words += f" (KL {result['kl']:.3f}, {result['agreement']:.0%} as the dense model)"
+        parts.append(words)
+    return ", ".join(parts)
 
 
 # -----------------------------------------------------------------------------
 # the gap
 
-def causal(losses):
-    """{mode: loss} -> the loss under the mode that can generate."""
-    return next(loss for mode, loss in losses.items() if mode != "topk")
-
-
-def describe_losses(losses):
-    return ", ".join(f"{loss:.4f} under {mode}" + (" (not causal)" if mode == "topk" else "")
-                     for mode, loss in losses.items())
+def causal(results):
+    """{mode: value} -> the value under the mode that can generate."""
+    return next(value for mode, value in results.items() if mode != "topk")
 
 
 def gap_closed(loss, cheap, dense):
@@ -264,6 +272,13 @@ def first_hits(curve, cheap, dense):
 
 # -----------------------------------------------------------------------------
 # the FLOPs ledger: 2 FLOPs per multiply-add, attention as T^2
+
+def ledger_of(config, model_config):
+    """The ledger of a config, by a model that has shapes and no weights."""
+    with torch.device("meta"):
+        model = GPT(model_config)
+    return ledger(model, config)
+
 
 def ledger(model, config):
     """What a run of this config costs per token at T = block_size, label passes and dense forwards included.
@@ -295,10 +310,12 @@ def ledger(model, config):
 
 def unit_costs(c):
     """The forward FLOPs per token of one piece of one layer, and of the head."""
-    linear = 8 * c.n_embd ** 2
+    keys = c.n_kv_head * c.n_embd // c.n_head  # the width of the keys, and of the values
+    linear = 2 * c.n_embd * (2 * c.n_embd + 2 * keys)
     products = 4 * c.block_size * c.n_embd  # q @ k and p @ v
+    matrices = 3 if c.activation == "swiglu" else 2
     return {"linear": linear, "products": products, "attention": linear + products,
-            "full": 16 * c.n_embd ** 2, "cheap": 4 * c.n_embd * c.cheap_rank,
+            "full": 2 * matrices * c.n_embd * c.n_inner, "cheap": 4 * c.n_embd * c.cheap_rank,
             "head": 2 * c.n_embd * c.vocab_size}
 
 
@@ -349,7 +366,7 @@ def gate_costs(gate, c):
     with FlopCounterMode(display=False) as forward:
         scores, _ = gate(h, Context(token, token[0]))
     with FlopCounterMode(display=False) as backward:
-        if trained:
+        if scores.requires_grad:
             torch.autograd.grad(scores.sum(), trained, allow_unused=True)
     items = {"gate": (forward.get_total_flops(), backward.get_total_flops())}
     if gate.predicts:
@@ -377,28 +394,27 @@ def supervision(model, config, costs):
     """{item: (forward, 0)} of the passes that teach: the dense model's forward, and the labels' branches."""
     items, losses = {}, active_losses(config)
     teaching = [name for name in losses if losses[name].needs == "labels"]
-    to_dense = bool(teaching) and TARGETS[config["label_target"]].needs_dense
-    share = 1.0 if "distill" in losses else config["label_share"] if to_dense else 0.0
-    if share:
+    to_dense = bool(teaching) and config["label_target"] == "dense"
+    if to_dense or "distill" in losses:
         layers = model.config.n_layer - model.config.controlled[0]  # the routed forward shares those before
         forward = layers * (costs["attention"] + costs["full"])
-        items["dense"] = (share * forward + ("distill" in losses) * costs["head"], 0.0)
+        items["dense"] = (forward + ("distill" in losses) * costs["head"], 0.0)
     if teaching:
-        label = LABELS[config["oracle"]]
-        passes = [label_pass(model, label, layer, to_dense, costs) for layer in model.config.controlled]
+        label, masked = LABELS[config["oracle"]], model.config.execution == "masked"  # the branches run masked too
+        served = [sum(layer_inference(block, label.suffix, costs, masked).values()) if label.suffix else 0.0
+                  for block in model.h]
+        passes = [label_pass(label, sum(served[layer + 1:]), to_dense, costs)
+                  for layer in model.config.controlled]
         each = sum(passes) / len(passes)  # of the layer that is drawn
         layers = min(config["label_layers"], len(passes))
         items["labels"] = (each * layers * config["label_share"], 0.0)
     return items
 
 
-def label_pass(model, label, layer, to_dense, costs):
-    """The FLOPs of a label of one layer: both branches, from its FFN to the loss."""
+def label_pass(label, behind, to_dense, costs):
+    """The FLOPs of a label of one layer: both branches, from its FFN to the loss. behind: those of one branch in
+    the layers after it."""
     total = costs["full"] + costs["cheap"]
     if label.suffix is None:
         return total
-    total += (2 + to_dense) * costs["head"]
-    masked = model.config.execution == "masked"  # then the label's branches run masked too
-    for block in model.h[layer + 1:]:
-        total += 2 * sum(layer_inference(block, label.suffix, costs, masked).values())
-    return total
+    return total + (2 + to_dense) * costs["head"] + 2 * behind

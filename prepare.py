@@ -1,16 +1,20 @@
-"""Text -> tokens on disk: data/<name>/{train,val,test}.bin (uint16, as nanoGPT reads them) and meta.json.
+"""Text -> tokens on disk: data/<name>/{train,val,test}.bin, ids in a row as nanoGPT has them, and meta.json.
 
-    python prepare.py                                         the English inside CPython, as bytes, no network
-    python prepare.py --source=fineweb-edu --tokens=200M      streams HuggingFaceFW/fineweb-edu, GPT-2 BPE
-    python prepare.py --source='my/*.parquet' --name=my-text  local .parquet, .jsonl or .txt files, GPT-2 BPE
+    python prepare.py                                       the English inside CPython, as bytes, no network
+    python prepare.py --source=fineweb-edu --tokens=200M    streams HuggingFaceFW/fineweb-edu, GPT-2 BPE
+    python prepare.py --source=book.txt --name=book         a file, a folder or a glob in quotes, GPT-2 BPE
+    python prepare.py --source='my/*.parquet' --name=my --tokenizer=hf:HuggingFaceTB/SmolLM2-135M
 
-A document's split follows from its hash alone, whatever its place and the number of workers. Its place says
-where in its split it stands and, with --tokens, whether it is read at all: the files are read in the order of
-their names, up to that count. Exact duplicates are dropped. Documents end with the end-of-text token. The
-folder appears whole or not at all; its meta.json says how many documents were read from which file.
+Local files are .parquet, .jsonl, .ndjson and .json, a document a row, or .txt and .md, a document a file;
+each also as .gz or .zst. Exact duplicates are dropped. Every document ends with the end-of-text token.
+
+A document's split follows from its hash, whatever its place. But fewer than 1,000 documents, or so few
+tokens that val or test would have under 4,096, are split by position: the last 5% of the tokens are test, the
+5% before them val. meta.json says which of the two it was.
 """
 import ast
-import errno
+import codecs
+import gc
 import glob
 import hashlib
 import itertools
@@ -21,184 +25,407 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from configurator import ConfigError, configure, did_you_mean, exit_on_error
+from configurator import ConfigError, configure, did_you_mean, exit_on_error, show_help_if_asked
 
 import numpy as np
-import tiktoken
 import torch
 
-from runs.files import read_json, sync
-
 DEFAULTS = dict(
-    source="stdlib",  # stdlib, fineweb-edu, or local .parquet, .jsonl or .txt files: a name or a glob
+    source="stdlib",  # stdlib, fineweb-edu, or local files: a file, a folder or a glob
     name="",  # the folder under data/; by default the source's name
     tokens="",  # stop at this count, such as 200M; by default all there is
-    tokenizer="",  # bytes or gpt2; by default bytes for stdlib, gpt2 otherwise
+    tokenizer="",  # bytes, gpt2, hf:FOLDER or hf:NAME on the hub; by default bytes for stdlib, gpt2 otherwise
+    text_column="text",  # the column that holds the text
     workers=0,  # tokenizing threads; 0 is one per core
-    overwrite=False,
+    overwrite=False,  # replace data/<name>
 )
 SPLITS = ("train", "val", "test")
 FINEWEB = "HuggingFaceFW/fineweb-edu"
+RETRY_WAITS = (2, 10, 60, 300)  # seconds before each further try at a stream that broke
 HELD_OUT = {"stdlib": 0.05}  # the share of documents that val and test get, each
 HELD_OUT_ELSE = 0.01
-WINDOW = 64  # bytes; see drop_leaks
+FEW_DOCUMENTS, FEW_TOKENS, HELD_OUT_BY_POSITION = 1000, 4096, 0.05  # see split_ranges
+EOT = "<|endoftext|>"
 
 
-def tokenizer(name):
-    """`bytes` or `gpt2` -> a tiktoken.Encoding whose largest id is end-of-text."""
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 256})
-    if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # requests' or urllib's, whichever tiktoken uses
-            raise ConfigError(f"tiktoken cannot fetch the gpt2 vocabulary ({type(error).__name__}); go "
-                              "online once, or point TIKTOKEN_CACHE_DIR at a folder that has it") from None
-    raise ConfigError(f"tokenizer {name!r} is unknown; {did_you_mean(name, ['bytes', 'gpt2'])}")
-
-
-def piece(token, enc):
-    """A token id as text; a part of a character shows as the replacement mark."""
-    return enc.decode_single_token_bytes(token).decode("utf-8", "replace")
+def brief(error):
+    """What a library raised, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # -----------------------------------------------------------------------------
-# sources
+# tokenizers
+
+# A tokenizer gets this many characters at once, because regular expressions overflow on a million blanks, and
+# the time for one long word may grow with its square. No token crosses from a visible character into a blank,
+# so a text cut there has the tokens that it has whole; one without such a place is cut anywhere.
+PARTS = re.compile(r"(?s).{1,20000}(?:\Z|(?<=\S)(?= ))|.{1,20000}")
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, name, token_bytes, eot_token, encode_part, cut=PARTS.findall, file=None):
+        """token_bytes: {id: bytes}; encode_part: text -> an array of ids; cut: text -> the parts that it is
+        encoded in; file: the tokenizer.json behind it, if there is one."""
+        self.name, self.token_bytes, self.eot_token, self.file = name, token_bytes, eot_token, file
+        self.encode_part, self.cut = encode_part, cut
+        self.n_vocab = max(token_bytes) + 1
+        self.eot_text = token_bytes[eot_token].decode()
+
+    def encode(self, text):
+        """The ids of a document, an array. What looks like a special token in it is ordinary text."""
+        return np.concatenate([self.encode_part(part) for part in self.cut(text) or [""]])
+
+    def encode_prompt(self, text):
+        """A list of ids. End-of-text, as this tokenizer writes it, is that token."""
+        first, *others = [self.encode(part).tolist() for part in text.split(self.eot_text)]
+        return first + [token for part in others for token in [self.eot_token, *part]]
+
+    def decode_bytes(self, token):
+        return self.token_bytes.get(token, b"")  # some vocabularies have gaps
+
+    def decode(self, ids):
+        return "".join(decode_pieces(self, ids))
+
+    def decoder(self):
+        """-> a function: a token's id -> its text, to be called for one token after the other, with last=True
+        for the last. A character of several tokens comes with the last of them, and what never becomes a
+        character is the replacement mark."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token, last=False: utf8.decode(self.decode_bytes(token), last)
+
+
+def decode_pieces(tokenizer, ids):
+    """A list of ids -> a list of texts, one for each."""
+    piece = tokenizer.decoder()
+    return [piece(token, i == len(ids) - 1) for i, token in enumerate(ids)]
+
+
+def tokenizer(name, folder=None, eot_token=None):
+    """bytes, gpt2, hf:FOLDER or hf:NAME on the hub -> a Tokenizer. Where `folder` is given, an hf one is read
+    from the tokenizer.json there."""
+    if name == "bytes":
+        token_bytes = {i: bytes([i]) for i in range(256)} | {256: EOT.encode()}
+        return Tokenizer(name, token_bytes, 256, lambda text: np.frombuffer(text.encode(), np.uint8))
+    if name == "gpt2":
+        return gpt2_tokenizer()
+    if name.startswith("hf:"):
+        return hf_tokenizer(name, folder or hf_folder(name), eot_token)
+    raise ConfigError(f"tokenizer {name!r} is unknown; {did_you_mean(name, ['bytes', 'gpt2', 'hf:FOLDER'])}")
+
+
+def load_tokenizer(meta, folder):
+    """The tokenizer of a data folder, or of another that has its meta and a copy of its tokenizer.json."""
+    return tokenizer(meta["tokenizer"], folder, meta["eot_token"])
+
+
+def gpt2_tokenizer():
+    import tiktoken
+    try:
+        bpe = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' or urllib's, whichever tiktoken uses
+        raise ConfigError(f"tiktoken cannot fetch the gpt2 vocabulary ({type(error).__name__}); go online "
+                          "once, or point TIKTOKEN_CACHE_DIR at a folder that has it") from None
+    token_bytes = {i: bpe.decode_single_token_bytes(i) for i in range(bpe.n_vocab)}
+    return Tokenizer("gpt2", token_bytes, bpe.eot_token,
+                     lambda text: bpe.encode_to_numpy(text, disallowed_special=()))
+
+
+def hf_folder(name):
+    """hf:FOLDER or hf:NAME -> the folder, fetched from the hub where there is none of that name."""
+    place = name.removeprefix("hf:")
+    if os.path.isdir(place):
+        return place
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(place, allow_patterns=["tokenizer.json", "tokenizer_config.json"])
+    except Exception as error:
+        raise ConfigError(f"--tokenizer={name}: no such folder, nor can it be had from the hub "
+                          f"({brief(error)}); name a folder with a tokenizer.json, or go online") from None
+
+
+def hf_tokenizer(name, folder, eot_token):
+    """A tokenizer.json, by Hugging Face `tokenizers`. No bos, eos or template is added."""
+    import tokenizers
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # encode_stream has threads of its own
+    path = os.path.join(folder, "tokenizer.json")
+    try:
+        bpe = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read ({brief(error)}); name another tokenizer") from None
+    bpe.no_truncation()
+    bpe.no_padding()
+    bpe.encode_special_tokens = True  # as ordinary text
+    if eot_token is None:
+        eot_token = hf_eot_token(name, folder, bpe.get_vocab())
+    byte_level, cut = "ByteLevel" in str(json.loads(bpe.to_str())["decoder"]), PARTS.findall
+    if not byte_level:  # it marks where a text begins, and may know end-of-text as a word: cut there alone
+        eot = bpe.id_to_token(eot_token)
+        cut = re.compile(f"(?<={re.escape(eot[0])})(?={re.escape(eot[1:])})").split
+
+    def encode_part(text):  # bpe.encode() would stop all other threads
+        return np.array(bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
+
+    return Tokenizer(name, hf_token_bytes(bpe, byte_level), eot_token, encode_part, cut, path)
+
+
+def hf_eot_token(name, folder, vocabulary):
+    """The id of the token that ends a document."""
+    eos, path = None, os.path.join(folder, "tokenizer_config.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            eos = json.load(f).get("eos_token")
+    for text in (EOT, eos["content"] if isinstance(eos, dict) else eos, "</s>"):
+        if text in vocabulary:
+            return vocabulary[text]
+    raise ConfigError(f"{name} has no end-of-text token: neither {EOT}, nor the eos_token of a "
+                      "tokenizer_config.json, nor </s>; choose another tokenizer")
+
+
+def hf_token_bytes(bpe, byte_level):
+    """{id: bytes} of a vocabulary. A byte-level one, as GPT-2's, writes each byte as a visible character."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    byte_of = dict(zip(map(chr, [*visible, *range(256, 324)]), visible + hidden))
+    added, token_bytes = bpe.get_added_tokens_decoder(), {}
+    for text, token in bpe.get_vocab().items():
+        if token in added:
+            token_bytes[token] = text.encode()
+        elif byte_level:
+            token_bytes[token] = bytes(byte_of[character] for character in text)
+        elif re.fullmatch("<0x[0-9A-F]{2}>", text):
+            token_bytes[token] = bytes.fromhex(text[3:5])
+        else:  # what it adds to a text: where a text begins, a token may lose its blank
+            alone, twice = bpe.decode([token], False), bpe.decode([token, token], False)
+            token_bytes[token] = twice[len(alone):].encode()
+    return token_bytes
+
+
+# -----------------------------------------------------------------------------
+# documents
 
 def stdlib_documents():
-    """The English inside every CPython: `pydoc_data`'s topics, and the standard library's docstrings."""
+    """The English inside every CPython, a list: pydoc_data's topics and the standard library's docstrings."""
     from pydoc_data.topics import topics
-    yield from topics.values()
-    lib = sysconfig.get_path("stdlib")
-    for path in sorted(glob.glob(f"{glob.escape(lib)}/**/*.py", recursive=True)):
-        folders = set(os.path.relpath(path, lib).split(os.sep))
-        if folders & {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}:
-            continue
-        try:
-            with open(path, "rb") as f:
-                tree = ast.parse(f.read())
-        except (SyntaxError, ValueError, OSError):
-            continue  # lib2to3 ships a few files of Python 2
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield ast.get_docstring(node) or ""
-
-
-def text_of(row, where):
-    """The text of a row {column: value}."""
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise ConfigError(f"{where}: a row has no `text` (it has {', '.join(map(str, row))}); rename the "
-                          "column that holds the text, and leave out rows without one")
-    return text
-
-
-def fineweb_documents():
-    """fineweb-edu, streamed by Hugging Face `datasets`: yields (its name, text)."""
-    import datasets
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told once, below
+    texts, paths = list(topics.values()), []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        others = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data")
+        folders[:] = [name for name in folders if name not in others]
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    gc.disable()  # it would take two thirds of the time to find that syntax trees are no garbage
     try:
-        rows = datasets.load_dataset(FINEWEB, name="sample-10BT", split="train", streaming=True)
-        for row in rows:
-            yield FINEWEB, text_of(row, FINEWEB)
-    except ConfigError:
-        raise
-    except Exception as error:  # of the network, of `datasets`, of pyarrow
-        raise ConfigError(f"{FINEWEB} cannot be read ({type(error).__name__}: {error}); check the "
-                          "network") from None
+        for path in sorted(paths):
+            texts += docstrings(path)
+    finally:
+        gc.enable()
+    return texts
 
 
-def read_parquet(path):
-    import pyarrow.parquet
-    with open(path, "rb") as f, pyarrow.parquet.ParquetFile(f) as table:
-        names = table.schema_arrow.names
-        if "text" not in names:
-            text_of(dict.fromkeys(names), path)
-        for batch in table.iter_batches(256, columns=["text"]):
-            for text in batch.column("text").to_pylist():
-                yield text_of({"text": text}, path)
+def docstrings(path):
+    """Those of a module, its classes and functions, the outer ones first; "" for each without."""
+    try:
+        with open(path, "rb") as f:
+            nodes = [ast.parse(f.read())]
+    except (SyntaxError, ValueError, OSError):
+        return []  # lib2to3 ships a few files of Python 2
+    for node in nodes:  # the list grows; only statements hold definitions
+        for field in ("body", "handlers", "cases", "orelse", "finalbody"):
+            nodes += getattr(node, field, ())
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    return [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
 
 
-def read_jsonl(path):
-    with open(path, encoding="utf-8-sig", newline="\n") as f:
-        for number, line in enumerate(f, 1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}, line {number} is not JSON ({error}); mend or leave out that "
-                                  "line") from None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number} holds no object; write lines such as "
-                                  '{"text": "..."}')
-            yield text_of(row, f"{path}, line {number}")
+def drop_leaks(documents, held_out):
+    """Drop the val and test documents that share 64 bytes in a row with a train document: docstrings repeat.
+    Returns the documents kept and the count dropped."""
+    texts = [document.encode() for document in documents]
+    in_train = np.array([split_of(hashlib.sha256(text).digest(), held_out) == "train" for text in texts])
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])  # of each byte, its document
+    hashes = window_hashes(b"".join(texts))
+    within = owner[:len(hashes)] == owner[63:]  # not the end of one document and the beginning of another
+    hashes, owner = hashes[within], owner[:len(hashes)][within]
+    held = ~in_train[owner]
+    trained = np.sort(hashes[~held])
+    found = np.searchsorted(trained, hashes[held], "left") < np.searchsorted(trained, hashes[held], "right")
+    leaks = set(owner[held][found].tolist())
+    return [document for i, document in enumerate(documents) if i not in leaks], len(leaks)
 
 
-def read_txt(path):
-    with open(path, encoding="utf-8-sig") as f:
-        yield f.read()
+def window_hashes(data):
+    """A 64-bit hash of every 64 bytes in a row."""
+    words = np.ndarray(max(0, len(data) - 7), np.uint64, data, strides=(1,))  # every 8 bytes in a row
+    hashes = np.zeros(max(0, len(data) - 63), np.uint64)
+    for i in range(0, 64, 8):
+        hashes = (hashes ^ words[i:i + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(32)
+    return hashes
 
 
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}  # each yields texts
+READERS = {".parquet": "from_parquet", ".jsonl": "from_json", ".ndjson": "from_json", ".json": "from_json",
+           ".txt": "from_text", ".md": "from_text"}  # methods of datasets.IterableDataset
 
 
-def kind_of(path):
-    return os.path.splitext(path)[1].lower()
+def reader_of(path):
+    """a/B.jsonl.gz -> from_json"""
+    stem, kind = os.path.splitext(path.lower())
+    return READERS.get(os.path.splitext(stem)[1] if kind in (".gz", ".zst") else kind)
 
 
 def local_files(source):
-    """A file's name or a glob -> the files, sorted. A name that exists is meant literally, with brackets."""
-    files = [source]
-    if not os.path.isfile(source):
-        files = sorted({path for path in glob.glob(source, recursive=True) if not os.path.isdir(path)})
-    if not files:
-        raise ConfigError(f"--source={source!r} matches no file; name stdlib, fineweb-edu or a glob of "
-                          ".parquet, .jsonl or .txt")
-    kinds = {kind_of(path) for path in files}
-    if len(kinds) > 1 or not kinds <= READERS.keys():
-        raise ConfigError(f"--source={source!r} matches files of kind {', '.join(sorted(kinds))}; name files "
-                          "of one kind: parquet, jsonl or txt")
+    """A file, a glob or a folder -> its files, sorted. A name that exists is meant literally, with brackets;
+    of a folder, the files whose kind is known."""
+    if os.path.isdir(source):
+        paths = filter(reader_of, glob.glob(f"{glob.escape(source)}/**/*", recursive=True))
+    else:
+        paths = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
+    files = sorted({path for path in paths if os.path.isfile(path)})
+    readers = {reader_of(path) for path in files}
+    if len(readers) != 1 or None in readers:
+        found = "files that are not of one known kind" if files else "no file"
+        raise ConfigError(f"--source={source!r} matches {found}; name stdlib, fineweb-edu, or files of one "
+                          f"kind ({', '.join(READERS)}), such as --source='folder/*.parquet'")
     return files
 
 
-def local_documents(files):
-    """Yields (file, text): one text for each row, or for each .txt file."""
-    for path in files:
+def local_documents(files, text_column):
+    """Yields (file, text): one text for each row, or for each .txt or .md file."""
+    import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told once, below
+    with tempfile.TemporaryDirectory() as cache:  # gets lock files, nothing else
+        for path in files:
+            options = {}
+            if reader_of(path) == "from_text":
+                options = {"sample_by": "document", "encoding": "utf-8-sig"}
+            try:
+                read = getattr(datasets.IterableDataset, reader_of(path))
+                rows = read(glob.escape(path), cache_dir=cache, **options)
+                if text_column in (rows.column_names or []):
+                    rows = rows.select_columns([text_column])  # the others need not be decoded
+                for row in rows:
+                    yield path, text_of(row, text_column, path)
+            except ConfigError:
+                raise
+            except StopIteration:  # an empty file
+                continue
+            except Exception as error:  # of the file system, of `datasets`, of pyarrow
+                raise ConfigError(f"{path} cannot be read ({brief(error)}); mend it, or leave it "
+                                  "out") from None
+
+
+def text_of(row, column, where):
+    """The text of a row {column: value}; "" for a null."""
+    text = row.get(column, 0)
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"{where} has no text in a column {column!r} (its columns: {', '.join(row)}); say "
+                          "which holds the text with --text_column=NAME")
+    return text or ""
+
+
+def fineweb_documents(text_column):
+    """fineweb-edu, streamed by Hugging Face `datasets`: yields (its name, text). A stream that breaks is
+    opened again, behind what was read; if that fails too often, what was read is kept."""
+    import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told once, below
+    count, waits = 0, list(RETRY_WAITS)
+    while True:
         try:
-            for text in READERS[kind_of(path)](path):
-                yield path, text
+            rows = datasets.load_dataset(FINEWEB, name="sample-10BT", split="train", streaming=True)
+            for row in itertools.islice(rows, count, None):
+                count, waits = count + 1, list(RETRY_WAITS)
+                yield FINEWEB, text_of(row, text_column, FINEWEB)
+            return
         except ConfigError:
             raise
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 ({error}); convert it or leave it out") from None
-        except Exception as error:  # of the file system, of pyarrow
-            raise ConfigError(f"{path} cannot be read ({type(error).__name__}: {error}); mend it or leave it "
-                              "out") from None
+        except Exception as error:  # of the network, of `datasets`, of pyarrow
+            if count == 0:
+                raise ConfigError(f"{FINEWEB} cannot be read ({brief(error)}); check the network") from None
+            if not waits:
+                print(f"the stream ended after {count:,} documents: {brief(error)}; kept what was read")
+                return
+            print(f"the stream broke after {count:,} documents: {brief(error)}; going on in {waits[0]} s",
+                  flush=True)
+        time.sleep(waits.pop(0))
 
 
-def open_source(source, held_out):
+def open_source(source, text_column, held_out):
     """-> an iterator of (file, text), and two counts that begin here: documents read of each file, and
     documents dropped for each reason."""
     dropped = {"empty": 0, "duplicate": 0, "leak": 0}
     if source == "fineweb-edu":
-        return fineweb_documents(), {FINEWEB: 0}, dropped
+        return fineweb_documents(text_column), {FINEWEB: 0}, dropped
     if source != "stdlib":
         files = local_files(source)
-        return local_documents(files), dict.fromkeys(files, 0), dropped
+        return local_documents(files, text_column), dict.fromkeys(files, 0), dropped
     texts, dropped["leak"] = drop_leaks(list(dict.fromkeys(stdlib_documents())), held_out)
     return (("stdlib", text) for text in texts), {"stdlib": dropped["leak"]}, dropped
 
 
 # -----------------------------------------------------------------------------
-# documents to tokens
+# tokens to disk
+
+def parse_count(text):
+    """'200M' -> 200000000; '' -> infinity."""
+    if not text:
+        return math.inf
+    match = re.fullmatch(r"(\d+\.?\d*)([KMB]?)", text.upper())
+    count = int(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]]) if match else 0
+    if count < 1:
+        raise ConfigError(f"--tokens={text!r} is not a positive count; write 200M, 1.5B or 3000000")
+    return count
+
+
+def encode_stream(documents, enc, dtype, workers):
+    """(file, text) -> yields (file, sha256 of the text, its ids and end-of-text), in order. `workers` threads
+    tokenize, a bounded number of batches ahead; tokenizers let other threads run."""
+    def encode(batch):
+        return [(file, hashlib.sha256(text.encode()).digest(),
+                 np.append(enc.encode(text).astype(dtype), dtype(enc.eot_token))) for file, text in batch]
+
+    documents, ahead, pool = iter(documents), deque(), ThreadPoolExecutor(workers)
+    try:
+        while batch := list(itertools.islice(documents, 64)):
+            ahead.append(pool.submit(encode, batch))
+            if len(ahead) > 4 * workers:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_tokens(path, encoded, limit, read, dropped):
+    """Write the documents in a row, none twice, until there are `limit` tokens -> {sha256 of a document: its
+    tokens}, in order. Counts in `read` and `dropped`."""
+    lengths, total = {}, 0
+    began = shown = time.time()
+    with open(path, "wb") as f:
+        for file, digest, ids in encoded:
+            read[file] += 1
+            if len(ids) == 1:  # end-of-text alone
+                dropped["empty"] += 1
+                continue
+            if digest in lengths:
+                dropped["duplicate"] += 1
+                continue
+            f.write(ids)
+            lengths[digest] = len(ids)
+            total += len(ids)
+            if total >= limit:
+                break
+            if time.time() - shown > 2:
+                shown = time.time()
+                speed = total / (shown - began)
+                left = f", {(limit - total) / speed:.0f} s left" if limit < math.inf else ""
+                print(f"{total / 1e6:.1f}M tokens, {speed / 1e6:.2f}M tokens/s{left}", flush=True)
+    return lengths
+
 
 def split_of(digest, held_out):
     """A document's sha256 -> train, val or test."""
@@ -210,345 +437,164 @@ def split_of(digest, held_out):
     return "train"
 
 
-def drop_leaks(documents, held_out):
-    """Drop the val and test documents that share a 64-byte window with a train document: docstrings repeat.
-    Returns the documents kept and the count dropped."""
-    texts = [document.encode() for document in documents]
-    splits = [split_of(hashlib.sha256(text).digest(), held_out) for text in texts]
-    trained = set()
-    for text, split in zip(texts, splits):
-        if split == "train":
-            trained.update(windows(text))
-    kept = [document for document, text, split in zip(documents, texts, splits)
-            if split == "train" or trained.isdisjoint(windows(text))]
-    return kept, len(documents) - len(kept)
+def split_ranges(lengths, held_out):
+    """{sha256: tokens} -> ("by document", {split: [(first token, last + 1) of each document]}), or ("by
+    position", {split: [one range]}) where the hashes would leave too little to val or test."""
+    ranges, total = {split: [] for split in SPLITS}, 0
+    for digest, length in lengths.items():
+        ranges[split_of(digest, held_out)].append((total, total + length))
+        total += length
+    shortest = min(sum(end - start for start, end in ranges[split]) for split in ("val", "test"))
+    if len(lengths) >= FEW_DOCUMENTS and shortest >= FEW_TOKENS:
+        return "by document", ranges
+    held = int(total * HELD_OUT_BY_POSITION)
+    cuts = 0, total - 2 * held, total - held, total
+    return "by position", {split: [cuts[i:i + 2]] for i, split in enumerate(SPLITS)}
 
 
-def windows(text):
-    """The hash of every 64 bytes in a row."""
-    return (hash(text[i:i + WINDOW]) for i in range(len(text) - WINDOW + 1))
-
-
-def parse_count(text):
-    """'200M' -> 200000000; '' -> infinity."""
-    if not text:
-        return math.inf
-    scale = {"K": 10 ** 3, "M": 10 ** 6, "B": 10 ** 9}.get(text[-1].upper())
-    try:
-        count = float(text[:-1]) * scale if scale else float(text)
-    except ValueError:
-        count = -1
-    if not 1 <= count < math.inf:
-        raise ConfigError(f"--tokens={text!r} is not a positive count; write 200M, 1.5B or 3000000")
-    return int(count)
-
-
-class Encoded(NamedTuple):
-    """A document on its way to the disk."""
-    file: str
-    split: str
-    digest: bytes  # sha256 of its text
-    ids: np.ndarray  # uint16, with end-of-text
-
-
-def encode(documents, enc, held_out):
-    """[(file, text)] -> [Encoded]"""
-    encoded = []
-    for file, text in documents:
-        data = text.encode("utf-8", "replace")  # a lone surrogate has no UTF-8
-        digest = hashlib.sha256(data).digest()
-        ids = enc.encode_to_numpy(data.decode(), disallowed_special=())
-        ids = np.append(ids, enc.eot_token).astype(np.uint16)
-        encoded.append(Encoded(file, split_of(digest, held_out), digest, ids))
-    return encoded
-
-
-def encode_stream(documents, enc, workers, held_out):
-    """Yields the documents (file, text) as Encoded, in order, tokenized by `workers` threads (tiktoken
-    releases the GIL), a bounded number of batches ahead."""
-    documents = iter(documents)
-    pool = ThreadPoolExecutor(workers)
-    ahead = deque()
-    try:
-        while batch := list(itertools.islice(documents, 64)):
-            ahead.append(pool.submit(encode, batch, enc, held_out))
-            if len(ahead) > 4 * workers:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# -----------------------------------------------------------------------------
-# tokens to disk
-
-class SplitFiles:
-    """train.bin, val.bin and test.bin while they are written, and what went into each."""
-
-    def __init__(self, folder):
-        self.paths = {split: os.path.join(folder, f"{split}.bin") for split in SPLITS}
-        self.files = {split: open(path, "wb") for split, path in self.paths.items()}
-        self.hashes = {split: hashlib.sha256() for split in SPLITS}
-        self.tokens = dict.fromkeys(SPLITS, 0)
-        self.documents = dict.fromkeys(SPLITS, 0)
-
-    def add(self, split, ids):
-        data = ids.tobytes()
-        self.files[split].write(data)
-        self.hashes[split].update(data)
-        self.tokens[split] += len(ids)
-        self.documents[split] += 1
-
-    def close(self):
-        for file in self.files.values():
-            file.close()
-
-    def facts(self):
-        return {split: {"tokens": self.tokens[split], "documents": self.documents[split],
-                        "sha256": self.hashes[split].hexdigest()} for split in SPLITS}
-
-
-def write_splits(folder, documents, limit, read, dropped):
-    """Write the Encoded documents, none twice, until there are `limit` tokens -> {split: facts}. Counts in
-    `read` and `dropped`."""
-    splits, seen, total = SplitFiles(folder), set(), 0
-    began = shown = time.time()
-    try:
-        for file, split, digest, ids in documents:
-            read[file] += 1
-            if len(ids) == 1:  # end-of-text alone
-                dropped["empty"] += 1
-                continue
-            if digest[:16] in seen:
-                dropped["duplicate"] += 1
-                continue
-            seen.add(digest[:16])
-            splits.add(split, ids)
-            total += len(ids)
-            if time.time() - shown > 2:
-                shown = time.time()
-                show_progress(total, limit, shown - began)
-            if total >= limit:
-                break
-    finally:
-        splits.close()
-    return splits.facts()
-
-
-def show_progress(total, limit, seconds):
-    left = ""
-    if limit < math.inf:
-        left = f", {(limit - total) * seconds / total:.0f} s left"
-    print(f"{total / 1e6:.1f}M tokens, {total / seconds / 1e6:.2f}M tokens/s{left}", flush=True)
-
-
-def refuse_empty_splits(facts, source, held_out):
-    empty = [split for split in ("train", "val") if not facts[split]["tokens"]]
-    if empty:
-        count = sum(split["documents"] for split in facts.values())
-        raise ConfigError(f"{source}: no document in {' and '.join(empty)} (of {count}); give more "
-                          f"documents, about {2 / held_out:.0f} at least, since each goes to a split by its "
-                          "hash")
-
-
-# -----------------------------------------------------------------------------
-# the folder: whole or not at all
-
-def folder_name(source, name):
-    if not name:
-        if source not in ("stdlib", "fineweb-edu"):
-            raise ConfigError(f"--source={source!r} needs a name; add --name=NAME for the folder under data/")
-        return source
-    if os.path.basename(name) != name or name.startswith("."):
-        raise ConfigError(f"--name={name!r} is not a plain folder name; use letters, digits and dashes")
-    return name
+def write_split(path, tokens, ranges, eot_token):
+    """Write those ranges of `tokens` -> what meta.json says of the file."""
+    digest, count, documents = hashlib.sha256(), 0, 0
+    with open(path, "wb") as f:
+        for start, end in ranges:
+            f.write(tokens[start:end])
+            digest.update(tokens[start:end])
+            count += end - start
+            documents += int((tokens[start:end] == eot_token).sum())
+    return {"tokens": count, "documents": documents, "sha256": digest.hexdigest()}
 
 
 def refuse_to_replace(final, overwrite):
     """Whatever is there already stays, unless it is data and --overwrite asks for it."""
     if not os.path.lexists(final):
         return
-    other = "name another with --name=NAME"
     if not overwrite:
-        raise ConfigError(f"{final} exists already; {other}, or replace it with --overwrite")
-    if os.path.islink(final):
-        raise ConfigError(f"{final} is a symbolic link to {os.readlink(final)!r}, which --overwrite does not "
-                          f"replace; {other}, or remove the link yourself")
-    if not os.path.isdir(final):
-        raise ConfigError(f"{final} is a file, which --overwrite does not replace; {other}")
-    strangers = set(os.listdir(final)) - {"meta.json"} - {f"{split}.bin" for split in SPLITS}
-    if strangers:
-        raise ConfigError(f"{final} holds {sorted(strangers)[0]!r} too, which --overwrite would delete; "
-                          f"{other}, or move that away")
+        raise ConfigError(f"{final} exists already; name another with --name=NAME, or replace it with "
+                          "--overwrite")
+    ours = {"meta.json", "tokenizer.json", "train.bin", "val.bin", "test.bin"}
+    if os.path.islink(final) or not os.path.isdir(final) or not set(os.listdir(final)) <= ours:
+        raise ConfigError(f"{final} is or holds something other than data, which --overwrite would delete; "
+                          "name another with --name=NAME, or move that away")
 
 
-def clear_killed(root, name):
-    """Remove what killed processes left; the old folder, if one died while replacing it, goes back to its
-    place."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.(\d+)\.part(\.old)?")
-    final = os.path.join(root, name)
-    for left in glob.glob(os.path.join(glob.escape(root), f".{glob.escape(name)}.*.part*")):
-        match = pattern.fullmatch(os.path.basename(left))
-        if not match or is_at_work(int(match[1])):
-            continue
-        if match[2] and not os.path.lexists(final):
-            os.replace(left, final)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def is_at_work(pid):
-    """Is this another process, and alive? In a container every run may have the same number."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def publish(part, final, overwrite):
-    """Give the finished folder its name, so that a crash of the machine leaves the old one or the new one."""
-    for name in os.listdir(part):
-        sync(os.path.join(part, name))
-    sync(part)
-    refuse_to_replace(final, overwrite)  # another process may have been faster
-    old = part + ".old"
-    if os.path.isdir(final):
-        os.replace(final, old)
-    try:
-        os.replace(part, final)
-    except BaseException:
-        if os.path.isdir(old):
-            os.replace(old, final)
-        raise
-    sync(os.path.dirname(final) or ".")
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def what_helps(error, root):
-    """The advice after a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free space and run this again"
-    if not os.path.isdir(root):
-        return f"the folder {root} is missing, so make it or what it links to"
-    return f"make {root} a folder that can be written"
-
-
-def prepare(source="stdlib", name="", tokens="", tokenizer_name="", workers=0, overwrite=False, root="data"):
+def prepare(source="stdlib", name="", tokens="", tokenizer_name="", text_column="text", workers=0,
+            overwrite=False, root="data"):
     """Make data/<name>/ and return its meta. Raises ConfigError; no half-made folder stays."""
-    started = time.time()
-    limit = parse_count(tokens)
+    began, limit, name = time.time(), parse_count(tokens), name or source
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"--name={name!r} is not a plain folder name; give data/ one with --name=NAME, of "
+                          "letters, digits and dashes")
     if workers < 0:
         raise ConfigError(f"--workers={workers} is negative; give 0 (one per core) or more")
-    name = folder_name(source, name)
-    final, part = os.path.join(root, name), os.path.join(root, f".{name}.{os.getpid()}.part")
-    if not tokenizer_name:
-        tokenizer_name = "bytes" if source == "stdlib" else "gpt2"
+    final, part = os.path.join(root, name), os.path.join(root, f".{name}.part")
+    refuse_to_replace(final, overwrite)
+    enc = tokenizer(tokenizer_name or ("bytes" if source == "stdlib" else "gpt2"))
+    dtype = np.uint16 if enc.n_vocab <= 2 ** 16 else np.uint32
+    held_out = HELD_OUT.get(source, HELD_OUT_ELSE)
+    documents, read, dropped = open_source(source, text_column, held_out)
+    encoded = encode_stream(documents, enc, dtype, workers or os.cpu_count())
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
     try:
-        clear_killed(root, name)
-        refuse_to_replace(final, overwrite)
-        enc = tokenizer(tokenizer_name)
-        held_out = HELD_OUT.get(source, HELD_OUT_ELSE)
-        documents, read, dropped = open_source(source, held_out)
-        encoded = encode_stream(documents, enc, workers or os.cpu_count(), held_out)
         os.makedirs(part)
-        facts = write_splits(part, encoded, limit, read, dropped)
-        refuse_empty_splits(facts, source, held_out)
+        whole = os.path.join(part, "whole")
+        lengths = write_tokens(whole, encoded, limit, read, dropped)
+        total = sum(lengths.values())
+        if total < 100:
+            raise ConfigError(f"{source} gives {total} tokens, too few for three splits; give more text")
+        way, ranges = split_ranges(lengths, held_out)
+        everything = np.memmap(whole, dtype, "r")
+        splits = {split: write_split(f"{part}/{split}.bin", everything, ranges[split], enc.eot_token)
+                  for split in SPLITS}
+        os.remove(whole)
         meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token,
-                "dtype": "uint16", "source": source, "splits": facts, "read": read, "dropped": dropped,
-                "python": sys.version.split()[0]}
+                "eot_text": enc.eot_text, "dtype": np.dtype(dtype).name, "source": source, "split": way,
+                "splits": splits, "read": read, "dropped": dropped, "python": sys.version.split()[0]}
         with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=1)
-        publish(part, final, overwrite)
+        if enc.file:
+            shutil.copyfile(enc.file, os.path.join(part, "tokenizer.json"))
+        if os.path.exists(final):
+            shutil.rmtree(final)
+        os.replace(part, final)
     except OSError as error:
-        raise ConfigError(f"cannot write {final}: {error.strerror or error}; "
-                          f"{what_helps(error, root)}") from None
+        raise ConfigError(f"cannot write {final} ({brief(error)})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    show_made(final, meta, time.time() - started)
+    print(f"{final}: {total:,} tokens of {len(lengths):,} documents in {time.time() - began:.1f} s, split "
+          f"{way}; dropped: {', '.join(f'{count} {why}' for why, count in dropped.items())}")
     return meta
-
-
-def show_made(final, meta, seconds):
-    tokens = sum(split["tokens"] for split in meta["splits"].values())
-    documents = sum(split["documents"] for split in meta["splits"].values())
-    dropped = ", ".join(f"{count} {why}" for why, count in meta["dropped"].items())
-    print(f"{final}: {tokens:,} tokens of {documents:,} documents in {seconds:.1f} s "
-          f"({tokens / seconds / 1e6:.2f}M tokens/s); dropped: {dropped}")
 
 
 # -----------------------------------------------------------------------------
 # reading
 
-NANOGPT_META = {"tokenizer": "gpt2", "vocab_size": 50257, "eot_token": 50256, "dtype": "uint16"}
-META_FIELDS = {"tokenizer": str, "vocab_size": int, "eot_token": int, "dtype": str, "splits": dict}
-
-
 def load_data(name, block_size, root="data"):
-    """data/<name>/ -> ({split: uint16 memmap}, meta), checked whole. A folder of nanoGPT's without meta.json
-    (train and val) is read as GPT-2 BPE. Raises ConfigError that says what is wrong and what to do."""
+    """data/<name>/ -> ({split: memmap of ids}, meta); a folder of nanoGPT's without meta.json is GPT-2 BPE.
+    Of large files a sample is checked. Raises ConfigError that says what is wrong and what to do."""
     folder = os.path.join(root, name)
     if not os.path.isdir(folder):
-        raise ConfigError(f"{folder} does not exist; make it with python prepare.py --source=... "
-                          f"--name={name}")
-    again = f"make it again with python prepare.py --name={name} --overwrite"
-    meta = read_meta(os.path.join(folder, "meta.json"), again)
-    data = {}
-    for split in SPLITS:
-        path = os.path.join(folder, f"{split}.bin")
-        if not os.path.exists(path):
-            if split == "test" and "test" not in meta["splits"]:
-                continue  # nanoGPT's folders have no test split
-            raise ConfigError(f"{path} is missing; {again}")
-        data[split], facts = read_split(path, block_size, meta["vocab_size"], again)
-        described = meta["splits"].setdefault(split, facts)
-        for field, value in facts.items():
-            if described.get(field) != value:
-                raise ConfigError(f"{path} is not what meta.json describes: its {field} is {value!r}, not "
-                                  f"{described.get(field)!r}; {again}")
+        words = f"--source={name}" if name in ("stdlib", "fineweb-edu") else f"--source=FILES --name={name}"
+        raise ConfigError(f"{folder} does not exist; make it with python prepare.py {words}")
+    again = f"make it again with python prepare.py --source=... --name={name} --overwrite"
+    meta, data = read_meta(folder, again), {}
+    for split, facts in meta["splits"].items():
+        path, dtype = os.path.join(folder, f"{split}.bin"), np.dtype(meta["dtype"])
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size != facts["tokens"] * dtype.itemsize:
+            raise ConfigError(f"{path} has {size} bytes, not the {facts['tokens'] * dtype.itemsize} of its "
+                              f"{facts['tokens']} tokens: it is truncated, or of other data; {again}")
+        if facts["tokens"] < block_size + 1:
+            raise ConfigError(f"{path} holds {facts['tokens']} tokens, fewer than block_size + 1 = "
+                              f"{block_size + 1}; give more text or a smaller --block_size")
+        data[split] = np.memmap(path, dtype, "r")
+        largest = int(max(data[split][:100_000].max(), data[split][-100_000:].max()))  # a sample of them
+        if largest >= meta["vocab_size"]:
+            raise ConfigError(f"{path} holds the token id {largest}, beyond the vocabulary of "
+                              f"{meta['vocab_size']}; it was made with another tokenizer: {again}")
     return data, meta
 
 
-def read_meta(path, again):
+def read_meta(folder, again):
     """meta.json, or what stands for it in a folder of nanoGPT's."""
-    meta = read_json(path, META_FIELDS, again)
-    if meta is None:
-        return {**NANOGPT_META, "splits": {}}
-    if meta["tokenizer"] not in ("bytes", "gpt2"):
-        raise ConfigError(f"{path}: tokenizer is {meta['tokenizer']!r}, which is unknown; {again}")
-    if meta["dtype"] != "uint16":
-        raise ConfigError(f"{path}: dtype is {meta['dtype']!r}, not 'uint16'; {again}")
-    if not 0 < meta["vocab_size"] <= 65536:
-        raise ConfigError(f"{path}: vocab_size is {meta['vocab_size']}, not between 1 and 65536; {again}")
-    for split in sorted({"train", "val", *meta["splits"]}):
-        if not isinstance(meta["splits"].get(split), dict):
-            raise ConfigError(f"{path}: splits has no facts of {split}; {again}")
-    return meta
-
-
-def read_split(path, block_size, vocab_size, again):
-    """-> (the tokens as a uint16 memmap, what meta.json should say of them)."""
+    path = os.path.join(folder, "meta.json")
+    if not os.path.exists(path):
+        return nanogpt_meta(folder)
     try:
-        size = os.path.getsize(path)
-        if size % 2:
-            raise ConfigError(f"{path} has an odd number of bytes ({size}): it is truncated; {again}")
-        if size < 2 * (block_size + 1):
-            raise ConfigError(f"{path} holds {size // 2} tokens, fewer than block_size + 1 = "
-                              f"{block_size + 1}; give more text or a smaller --block_size")
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        digest = hashlib.sha256(tokens).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    largest = int(tokens.max())
-    if largest >= vocab_size:
-        raise ConfigError(f"{path} holds the token id {largest}, beyond the vocabulary of {vocab_size}; it "
-                          f"was made with another tokenizer: {again}")
-    return tokens, {"tokens": size // 2, "sha256": digest}
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        facts = [meta["splits"]["train"], meta["splits"]["val"], *meta["splits"].values()]
+        counts = [meta["vocab_size"], meta["eot_token"], *(each["tokens"] for each in facts)]
+        texts = [meta["tokenizer"], *(each["sha256"] for each in facts)]
+        right = {*map(type, counts)} == {int} and {*map(type, texts)} == {str}
+        if right and meta["dtype"] in ("uint16", "uint32"):
+            return meta
+        why = "a field is of another type"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = brief(error)
+    raise ConfigError(f"{path} is not as prepare.py writes it ({why}); {again}")
+
+
+def nanogpt_meta(folder):
+    """What stands for meta.json where nanoGPT's prepare.py wrote GPT-2 BPE in uint16. Other data is refused,
+    as far as it can be told."""
+    if os.path.exists(os.path.join(folder, "meta.pkl")):
+        raise ConfigError(f"{folder} has nanoGPT's characters (meta.pkl), which are not read here; make it "
+                          "again with python prepare.py --source=.../input.txt --name=NAME --tokenizer=bytes")
+    splits = {}
+    for split in ("train", "val"):
+        path = os.path.join(folder, f"{split}.bin")
+        if not os.path.exists(path) or os.path.getsize(path) < 2:
+            raise ConfigError(f"{path} is missing or empty, and there is no meta.json; make the data again "
+                              "with python prepare.py")
+        data = np.memmap(path, np.uint8, "r")
+        ids = np.frombuffer(data[:20_000].tobytes()[:len(data) // 4 * 4], np.uint16)
+        if len(ids) and not ids[1::2].any():
+            raise ConfigError(f"{path} looks like ids in uint32 or int64, not nanoGPT's uint16; write them "
+                              "with numpy's astype('uint16'), or make the data with python prepare.py")
+        # The whole may be large, and is never read: its size, beginning and end stand for it.
+        digest = hashlib.sha256(b"%d" % len(data) + data[:2 ** 20].tobytes() + data[-2 ** 20:].tobytes())
+        splits[split] = {"tokens": len(data) // 2, "sha256": digest.hexdigest()}
+    return {"tokenizer": "gpt2", "vocab_size": 50257, "eot_token": 50256, "dtype": "uint16", "splits": splits}
 
 
 class Batch(NamedTuple):
@@ -591,9 +637,10 @@ def fetch(data, starts, T, row_seeds, device):
 
 
 def main():
-    config = configure(DEFAULTS, sys.argv[1:])
-    prepare(config["source"], config["name"], config["tokens"], config["tokenizer"], config["workers"],
-            config["overwrite"])
+    show_help_if_asked(sys.argv[1:], __file__)
+    config, _ = configure(DEFAULTS, sys.argv[1:])
+    config["tokenizer_name"] = config.pop("tokenizer")
+    prepare(**config)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,26 @@ registered, what plugins register included:
     python -m pytest test_routing.py --plugin=my_gate.py
     python -m pytest test_routing.py --device=cuda
 
-In their order: the gates, the selection, the estimators, the routed layer in its two executions,
-the labels, the losses. tests/ holds what concerns one of them alone.
+In their order: the gates, the selection, the estimators, the routed layer in its two executions, the labels,
+the losses. tests/ holds what concerns one of them alone.
 """
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from gates import (ESTIMATORS, GATES, LABELS, LOSSES, TARGETS, Context, full_tokens, make_label,
+from gates import (ESTIMATORS, GATES, LABELS, LOSSES, Context, active_losses, full_tokens, make_labels,
                    threshold_for, topk_mask)
+from machine import Machine
 from model import GPT, GPTConfig
+from optim import make_optimizers
 from prepare import Batch
+from run import Run
 from sample import new_cache
-from train import DEFAULTS, forward_batch
+from train import DEFAULTS, forward_pass
 
 pytestmark = pytest.mark.usefixtures("device")
-torch.set_num_threads(1)
 DEVICE = "cpu"  # of models and tokens; the fixture `device` sets it
 LEARNED = [name for name in GATES if GATES[name].learned]
 PREDICTING = [name for name in GATES if GATES[name].predicts]
@@ -29,15 +32,18 @@ PAIRS = [(gate, estimator) for gate in GATES for estimator in ESTIMATORS
          if gate in LEARNED or estimator == "hard"]
 SIZES = dict(block_size=24, vocab_size=40, n_layer=4, n_head=2, n_embd=16, controlled=(1, 3), cheap_rank=8,
              g1_hidden=8, latent=8)
+FAMILIES = {"gpt2": {}, "llama": dict(norm="rmsnorm", positions="rotary", activation="swiglu", n_kv_head=1,
+                                      n_inner=40, bias=False, tied_head=False)}
+both_families = pytest.mark.parametrize("family", FAMILIES)
 
 
 # -----------------------------------------------------------------------------
 # a small model, and the same computed slowly
 
-def make(seed=0, **fields):
+def make(seed=0, family="gpt2", **fields):
     """A small model whose cheap FFNs, gates and norms have left their initial values."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**SIZES | fields))
+    model = GPT(GPTConfig(**SIZES | FAMILIES[family] | fields))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(torch.randn_like(p) * (0.3 if ".gate." in name else 0.15))
@@ -48,6 +54,10 @@ def tokens(model, B=2, T=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = B, T or model.config.block_size
     return torch.randint(model.config.vocab_size, shape, generator=generator).to(DEVICE)
+
+
+def numbers(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def context_of(idx, row_seeds=None):
@@ -70,6 +80,21 @@ def config_for(model, **changes):
     return DEFAULTS | weights | of_model | {"controlled": list(model.config.controlled)} | changes
 
 
+def trace_of(model, config, labelled=(), batch=None):
+    """What a forward pass of training leaves."""
+    return forward_pass(model, config, active_losses(config), batch or batch_of(model), set(labelled))
+
+
+def run_of(model, config, machine=None):
+    """A Run with random text and a frozen backbone, or a backbone's: train.train_step takes a step of it."""
+    for p in model.backbone().values():
+        p.requires_grad_(config["mode"] == "full")
+    text = np.random.default_rng(0).integers(0, model.config.vocab_size, 500)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    machine, optimizers = machine or Machine(config), make_optimizers(model, config, torch.float32)
+    return Run(config, machine, "", {}, {"train": text}, model, active_losses(config), trained, optimizers)
+
+
 def best_of(scores, k):
     """topk as the specification words it, in plain Python."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
@@ -82,12 +107,15 @@ def best_of(scores, k):
 def slow(model, idx, plan, row_seeds=None):
     """The residual stream after the last layer, from the blocks' submodules and the specification alone.
     plan(layer, scores) -> the mask of the full tokens, or None for the dense layer."""
-    x = model.wte(idx) + model.wpe(torch.arange(idx.size(1), device=idx.device))
+    context = context_of(idx, row_seeds)
+    x, rotation = model.wte(idx), model.rotation_of(context)
+    if model.config.positions == "learned":
+        x = x + model.wpe(torch.arange(idx.size(1), device=idx.device))
     for i, block in enumerate(model.h):
-        x = x + block.attn(block.ln_1(x))
+        x = x + block.attn(block.ln_1(x), rotation)
         h, mask = block.ln_2(x), None
         if block.controlled:
-            s = block.gate(h.detach(), context_of(idx, row_seeds))[0].float()
+            s = block.gate(h.detach(), context)[0].float()
             mask = plan(i, s)
         if mask is None:
             x = x + block.mlp(h)
@@ -127,8 +155,9 @@ def test_scores_are_finite_float32_token_local_and_repeat(name, B, T):
     model = make(gate=name)
     gate, idx, row_seeds = model.h[1].gate, tokens(model, B, T), seeds(*range(5, 5 + B))
     h = torch.randn(B, T, 16).to(DEVICE)
-    context = Context(idx, row_seeds)
+    context, before = Context(idx, row_seeds), h.clone()
     s, prediction = gate(h, context)
+    assert torch.equal(h, before), "the gate changes h in place: the FFNs would read what it wrote"
     assert s.shape == (B, T) and s.dtype == torch.float32 and s.isfinite().all()
     assert s.requires_grad == gate.learned and (prediction is not None) == gate.predicts
     assert not gate.predicts or prediction.shape[:3] == (B, T, 2)
@@ -142,10 +171,12 @@ def test_scores_are_finite_float32_token_local_and_repeat(name, B, T):
     same(gate(h[-1:], Context(idx[-1:], row_seeds[-1:]))[0][0], s[-1])  # rows are independent
 
 
+@both_families
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
-def test_scores_and_stream_are_float32_under_autocast(name, execution):
-    model, idx = make(gate=name, execution=execution), tokens(make())
+def test_scores_and_stream_are_float32_under_autocast(name, execution, family):
+    model = make(family=family, gate=name, execution=execution)
+    idx = tokens(model)
     with torch.autocast(DEVICE, torch.bfloat16):
         x, routes = model.run(model.embed(context_of(idx)), "topk", context_of(idx), want_outcomes=True)
         loss = model.lm_loss(x, idx)
@@ -166,9 +197,10 @@ def test_scores_and_predictions_teach_their_own_gate_and_nothing_else(name):
             assert reached(model, route.prediction.sum()) <= own and not route.outcomes.requires_grad
 
 
+@both_families
 @pytest.mark.parametrize("gate,estimator", PAIRS)
-def test_threshold_never_looks_ahead_and_a_cache_changes_nothing(gate, estimator):
-    model, row_seeds = make(gate=gate, estimator=estimator), seeds(3, 4, 5)
+def test_threshold_never_looks_ahead_and_a_cache_changes_nothing(gate, estimator, family):
+    model, row_seeds = make(family=family, gate=gate, estimator=estimator), seeds(3, 4, 5)
     model.calibrate(context_of(tokens(model, 4, seed=5)))
     a, b = tokens(model, 3), tokens(model, 3, seed=1)
     b[:, :10] = a[:, :10]
@@ -188,10 +220,12 @@ def test_threshold_never_looks_ahead_and_a_cache_changes_nothing(gate, estimator
     assert 0 < count < sum(r.mask.numel() for r in rx)  # some tokens full, some cheap
 
 
+@both_families
 @pytest.mark.parametrize("gate", GATES)
-def test_calibration_meets_the_budget_on_its_text(gate):
+def test_calibration_meets_the_budget_on_its_text(gate, family):
     """Layer by layer: the later threshold is right only for the routing of the earlier layers."""
-    model, idx = make(gate=gate, budget=0.3), tokens(make(), 4)
+    model = make(family=family, gate=gate, budget=0.3)
+    idx = tokens(model, 4)
     model.calibrate(context_of(idx), rows=3)
     routes, k = model(idx, "threshold")[1], full_tokens(0.3, idx.numel())
     assert len(routes) == 2
@@ -203,14 +237,13 @@ def test_calibration_meets_the_budget_on_its_text(gate):
 # -----------------------------------------------------------------------------
 # selection
 
-@pytest.mark.parametrize("kind", ["random", "ties", "equal", "zeros", "infinite"])
-def test_topk_takes_exactly_k_with_ties_to_the_earlier(kind):
+@pytest.mark.parametrize("values", [None, (0.0, 1.0, 2.0), (0.7,), (0.0, -0.0), (-math.inf, 0.0, math.inf)])
+def test_topk_takes_exactly_k_with_ties_to_the_earlier(values):
     for T in (1, 2, 7, 8):
         generator = torch.Generator().manual_seed(T)
-        choice = torch.randint(3, (3, T), generator=generator)
-        scores = {"random": torch.randn(3, T, generator=generator), "ties": choice.float(),
-                  "equal": torch.full((3, T), 0.7), "zeros": torch.tensor([0.0, -0.0, 0.0])[choice],
-                  "infinite": torch.tensor([-math.inf, 0.0, math.inf])[choice]}[kind]
+        scores = torch.randn(3, T, generator=generator)
+        if values:
+            scores = torch.tensor(values)[torch.randint(len(values), (3, T), generator=generator)]
         for budget in (0, 0.1, 0.25, 0.5, 0.9, 1):
             k = full_tokens(budget, T)
             mask = topk_mask(scores.to(DEVICE), k)
@@ -226,7 +259,7 @@ def test_k_rounds_half_up():
 
 @pytest.mark.parametrize("budget", [0, 0.1, 0.25, 0.5, 0.75, 1])
 def test_threshold_has_the_exact_share_strictly_above(budget):
-    scores = torch.randn(4, 25, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores = numbers(0, 4, 25).to(DEVICE)
     threshold = threshold_for(scores, budget)
     assert (scores > threshold).sum() == full_tokens(budget, 100)
     assert threshold == {0: math.inf, 1: -math.inf}.get(budget, threshold)
@@ -238,10 +271,9 @@ def test_threshold_has_the_exact_share_strictly_above(budget):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_is_what_its_flags_say(name):
-    estimator = ESTIMATORS[name]
+    estimator = ESTIMATORS[name]()
     for scale in (1.0, 1e4):
-        s = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)) * scale
-        s = s.to(DEVICE).requires_grad_()
+        s = (numbers(0, 2, 9) * scale).to(DEVICE).requires_grad_()
         mask = best_of(s.detach(), 4)
         w = estimator(s, mask)
         assert w.shape == s.shape and w.dtype == torch.float32 and w.isfinite().all()
@@ -260,10 +292,11 @@ def test_an_estimator_is_what_its_flags_say(name):
 # -----------------------------------------------------------------------------
 # the routed layer: masked and gathered, one contract
 
+@both_families
 @pytest.mark.parametrize("gate,estimator", PAIRS)
-def test_topk_equals_the_layer_as_specified(gate, estimator):
+def test_topk_equals_the_layer_as_specified(gate, estimator, family):
     """k tokens a row, each in its place, with the right weight."""
-    model = make(gate=gate, estimator=estimator, budget=0.3)
+    model = make(family=family, gate=gate, estimator=estimator, budget=0.3)
     idx, row_seeds = tokens(model, 3, 15), seeds(7, 1, 100)
     want = slow(model, idx, lambda layer, s: best_of(s, 5), row_seeds)
     for model.config.execution in ("masked", "gathered"):
@@ -281,7 +314,7 @@ def outcome(model, execution, idx, mode, dtype):
     x0 = model.embed(context).detach().requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
         x, routes = model.run(x0, mode, context, want_outcomes=True)
-    total = (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)).sum()
+    total = (x * numbers(9, *x.shape).to(DEVICE)).sum()
     for route in routes:
         if route.prediction is not None:
             total = total + (route.prediction * route.outcomes).sum()
@@ -293,14 +326,15 @@ def outcome(model, execution, idx, mode, dtype):
     return x.detach(), routes, {name: torch.cat(parts) for name, parts in modules.items()}
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("family,frozen", [("gpt2", True), ("gpt2", False), ("llama", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gate,estimator", PAIRS)
-def test_gathered_equals_masked_in_outputs_and_gradients(gate, estimator, dtype, frozen):
+def test_gathered_equals_masked_in_outputs_and_gradients(gate, estimator, dtype, frozen, family):
     """bfloat16 with one routed layer: behind another one, rounding alone may route a token differently."""
     tol, layers = (1e-5, (0, 2)) if dtype == torch.float32 else (3e-2, (1,))
     for budget in (0.0, 0.3, 1.0):
-        model = make(gate=gate, estimator=estimator, budget=budget, controlled=layers, n_layer=layers[-1] + 1)
+        model = make(family=family, gate=gate, estimator=estimator, budget=budget, controlled=layers,
+                     n_layer=layers[-1] + 1)
         model.calibrate(context_of(tokens(model, 3, seed=5)))
         for p in model.backbone().values():
             p.requires_grad_(not frozen)
@@ -324,46 +358,44 @@ def test_gathered_equals_masked_in_outputs_and_gradients(gate, estimator, dtype,
 
 
 # -----------------------------------------------------------------------------
-# labels: (step, route) -> what full saves over cheap, in nats
+# labels: (trace, route) -> what full saves over cheap, in nats
 
 @pytest.mark.parametrize("oracle", LABELS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["next", "dense"])
 @pytest.mark.parametrize("gate", LEARNED + ["random"])
 def test_a_label_is_finite_repeats_and_takes_each_row_alone(oracle, target, gate):
     model = make(gate=gate)
     config = config_for(model, oracle=oracle, label_target=target, lambda_util=1.0, lambda_distill=1.0)
     batch = batch_of(model)
-    step = forward_batch(model, config, batch, labelled={1, 3})
-    again = forward_batch(model, config, batch.rows([2, 3]), labelled={1, 3})
-    assert len(step.labels) == 2
-    for label, part, route in zip(step.labels, again.labels, step.routes):
-        assert label.raw.shape == label.target.shape == batch.tokens.shape
-        assert label.raw.dtype == torch.float32
-        assert label.raw.isfinite().all() and not label.raw.requires_grad and not label.target.requires_grad
+    trace = trace_of(model, config, {1, 3}, batch)
+    again = trace_of(model, config, {1, 3}, batch.rows([2, 3]))
+    assert len(trace.labels) == 2
+    for label, part, route in zip(trace.labels, again.labels, trace.routes):
+        assert label.raw.shape == label.d.shape == batch.tokens.shape and label.raw.dtype == torch.float32
+        assert label.raw.isfinite().all() and not label.raw.requires_grad and not label.d.requires_grad
         assert label.scores.requires_grad == GATES[gate].learned and label.raw.std() > 0
         same(part.raw, label.raw[2:], 1e-4)
-        assert torch.equal(part.permutation, label.permutation[2:])
-        assert torch.equal(make_label(step, route).raw, label.raw)
+        assert torch.equal(part.partner, label.partner[2:])
+        assert torch.equal(make_labels(trace, route).raw, label.raw)
 
 
 # -----------------------------------------------------------------------------
-# losses: Step -> a scalar
+# losses: Trace -> a scalar
 
-def step_for(loss, batch=None, labelled=(3,)):
-    """A model that has what the loss needs, and the Step of a batch of it."""
+def trace_for(loss, batch=None, labelled=(3,)):
+    """A model that has what the loss needs, and the Trace of a batch of it."""
     model = make(gate=PREDICTING[0] if LOSSES[loss].needs == "outcomes" else "g1")
-    config = config_for(model, **{f"lambda_{loss}": 1.0})
-    labelled = set(labelled) if LOSSES[loss].needs == "labels" else set()
-    return model, forward_batch(model, config, batch_of(model) if batch is None else batch, labelled)
+    labelled = labelled if LOSSES[loss].needs == "labels" else ()
+    return model, trace_of(model, config_for(model, **{f"lambda_{loss}": 1.0}), labelled, batch)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_a_finite_number_and_the_mean_over_slices(name):
-    model, step = step_for(name)
+    model, trace = trace_for(name)
     batch = batch_of(model)
-    loss = LOSSES[name](step)
+    loss = LOSSES[name]()(trace)
     assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite() and loss.requires_grad
-    halves = [LOSSES[name](step_for(name, batch.rows(rows))[1]) for rows in ([0, 1], [2, 3])]
+    halves = [LOSSES[name]()(trace_for(name, batch.rows(rows))[1]) for rows in ([0, 1], [2, 3])]
     same(sum(halves) / 2, loss)  # so accumulation and several processes give the loss of the whole batch
 
 
@@ -371,9 +403,9 @@ def test_a_loss_is_a_finite_number_and_the_mean_over_slices(name):
 def test_a_loss_trains_what_it_is_about(name):
     """A loss of the stream reaches the cheap FFNs and the gates; any other loss nothing but gates, and a
     label nothing but its own layer's."""
-    model, step = step_for(name)
-    names = reached(model, LOSSES[name](step))
-    if LOSSES[name].needs in ("stream", "dense"):
+    model, trace = trace_for(name)
+    names = reached(model, LOSSES[name]()(trace))
+    if LOSSES[name].needs in ("x", "dense_x"):
         assert set(model.controllers()) <= names
     else:
         gates = gate_names(model, 3) if LOSSES[name].needs == "labels" else set()

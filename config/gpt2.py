@@ -1,13 +1,9 @@
-# GPT-2 (124M) as the frozen backbone: a hub name, or hf:FOLDER with config.json and model.safetensors.
+# GPT-2 (124M) as the frozen backbone: a name on the hub, or hf:FOLDER. Its shape comes with it.
 scale = "gpt2"
 dataset = "fineweb-edu"
 backbone = "hf:gpt2"
-n_layer = 12
-n_head = 12
-n_embd = 768
 block_size = 1024
-activation = "gelu_new"
-controlled = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+controlled = []
 cheap_rank = 192
 g1_hidden = 52
 latent = 32
@@ -18,4 +14,3 @@ learning_rate = 6e-3
 gate_lr = 1e-3
 eval_interval = 100
 eval_iters = 16
-log_interval = 10

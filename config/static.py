@@ -1,4 +1,3 @@
 # Whole layers instead of tokens, chosen on training text, at the same total budget: what a gate has to beat.
 recipe = "static"
 gate = "static"
-share_step = 1.0

@@ -1,24 +1,24 @@
-"""Forks without edits: what a plugin registers works from training to sampling and stands under the tests of
-the contract, a plugin that cannot work is refused in one line, and the README's forks run as printed."""
+"""Forks without edits: what a plugin registers works from training to sampling, its errors are its own, and
+the README's forks run as printed."""
+import json
 import re
 import shlex
+import traceback
 
 import pytest
+import torch
 
-from configurator import PLUGINS, ConfigError, configure
-from conftest import (HERE, checkpoint_of, config_of, finish, go, losses_of, start, steps_of, summary_of,
-                      tiny)
-from gates import ESTIMATORS, GATES, LABELS, LOSSES, TARGETS
-from train import DEFAULTS
+from configurator import ConfigError
+from conftest import HERE, finish, go, losses_of, recipe, start, steps_of, summary_of, tiny, write_plugin
 
-REGISTRIES = (GATES, ESTIMATORS, LABELS, TARGETS, LOSSES, PLUGINS)
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 EVERYTHING = '''
 import torch
 import torch.nn as nn
 
-from gates import (ESTIMATORS, GATES, LABELS, LOSSES, TARGETS, Gate, off_policy_label, straight_through)
+from gates import (ESTIMATORS, GATES, LABELS, LOSSES, Estimator, Gate, Loss, OffPolicyLabel, mean,
+                   straight_through)
 
 
 @GATES.register("position")
@@ -35,146 +35,181 @@ class PositionGate(Gate):
         return (self.score(positions) + self.slope(h)).squeeze(-1), None
 
 
-@ESTIMATORS.register("tanh", reads_both=True)
-def tanh(scores, mask):
-    return straight_through(mask, scores.tanh())
+@ESTIMATORS.register("tanh")
+class Tanh(Estimator):
+    reads_both = True
+
+    def __call__(self, scores, mask):
+        return straight_through(mask, scores.tanh())
 
 
-@LABELS.register("doubled", suffix="full")
-def doubled(step, route):
-    return 2 * off_policy_label(step, route)
+@LABELS.register("doubled")
+class Doubled(OffPolicyLabel):
+    def __call__(self, trace, route):
+        return 2 * super().__call__(trace, route)
 
 
-@TARGETS.register("again")
-def again(step):
-    return step.context.tokens
+@LOSSES.register("small")
+class Small(Loss):
+    weight = 0.25
 
-
-@LOSSES.register("small", weight=0.25)
-def small(step):
-    return sum(route.scores.square().mean() for route in step.routes) / len(step.routes)
+    def __call__(self, trace):
+        return mean(route.scores.square().mean() for route in trace.routes)
 '''
-OF_IT = ["--gate=position", "--estimator=tanh", "--oracle=doubled", "--label_target=again"]
-
-
-@pytest.fixture
-def fresh():
-    """A call that forgets every plugin, as another process would; they are forgotten after the test too."""
-    before = [dict(registry) for registry in REGISTRIES]
-
-    def forget():
-        for registry, entries in zip(REGISTRIES, before):
-            registry.clear()
-            registry.update(entries)
-    yield forget
-    forget()
+OF_IT = ["--gate=position", "--estimator=tanh", "--oracle=doubled", "--recipe=mine"]
+RUN = "out/tiny/mine/seed0"
 
 
 # -----------------------------------------------------------------------------
 # what a plugin registers, from training to sampling
 
-def test_a_plugin_of_everything_works_end_to_end(place, fresh):
-    (place / "mine.py").write_text(EVERYTHING)
-    words = tiny("--plugin=mine.py", *OF_IT, "--recipe=mine", "--lambda_small=0.5")
-    run = "out/tiny/mine/seed0"
-    go("train", *words)
-    config = config_of(run)
-    assert config["plugin"] == ["mine.py"] and len(config["plugin_sha256"][0]) == 64
-    steps = steps_of(run)
+def test_a_plugin_of_everything_works_end_to_end(place, forget):
+    plugin = write_plugin(EVERYTHING)
+    words = tiny(plugin, *OF_IT)
+    go("train", *words, "--lambda_small=0.5")
+    record = json.loads((place / RUN / "config.json").read_text())
+    assert record["plugins"] == {f"{place}/mine.py": EVERYTHING}  # its text stands in the run
+    assert record["config"]["plugin"] == [f"{place}/mine.py"] and record["config"]["lambda_small"] == 0.5
+    steps = steps_of(RUN)
     assert len(steps) == 6
     for step in steps:
         assert step["losses"].keys() == {"lm", "util", "rank", "small"} and "label_correlation" in step
         assert step["grad_norm"]["gate"] > 0
-    assert any(".gate.score" in name for name in checkpoint_of(run)["model"])
-    assert summary_of(run)["realised_budget"].keys() == {"topk", "threshold"}
-
-    fresh()
-    assert "finished already" in go("train", *words)
-    fresh()
-    assert '"budget": 0.25' in go("train", *words, "--eval_only", "--budget=0.25")
-    fresh()
-    assert go("sample", run, "--max_new_tokens=8")  # it finds the plugin in the run's config
-    fresh()
+    forget()
+    assert "finished already" in go("train", *words, "--lambda_small=0.5")
+    forget()
+    out = go("train", *words, "--lambda_small=0.5", "--eval_only", "--budget=0.25")
+    assert json.loads(out.splitlines()[-1])["val"]["topk"]["budget"] == [0.25, 0.25]
+    forget()
+    assert go("sample", RUN, "--max_new_tokens=4")  # it finds the plugin in the run's config
+    forget()
     with pytest.raises(ConfigError, match="unknown key 'lambda_small'"):
-        go("train", *(word for word in words if "plugin" not in word))
-    with pytest.raises(ConfigError, match="--gate='position' is unknown"):
-        go("train", *(word for word in words if "plugin" not in word and "small" not in word))
+        go("train", *tiny("--lambda_small=0.5"))
+    with pytest.raises(ConfigError, match="--gate='position' is unknown.*--plugin=FILE"):
+        go("train", *tiny("--gate=position"))
 
 
-def test_a_run_whose_plugin_has_changed_is_neither_resumed_nor_looked_at(place, fresh):
-    (place / "mine.py").write_text(EVERYTHING)
-    words = tiny("--plugin=mine.py", *OF_IT, "--recipe=mine")
+def test_a_changed_plugin_is_refused_and_a_moved_one_is_not(place, forget):
+    plugin = write_plugin(EVERYTHING)
+    words = tiny(plugin, *OF_IT)
     go("train", *words)
-    fresh()
-    (place / "mine.py").write_text(EVERYTHING.replace("2 * off_policy_label", "3 * off_policy_label"))
-    with pytest.raises(ConfigError, match="plugin"):
-        go("train", *words)
-    with pytest.raises(ConfigError, match="mine.py has changed"):
-        go("sample", "out/tiny/mine/seed0", "--max_new_tokens=8")
-    assert config_of("out/tiny/mine/seed0")["plugin"] == ["mine.py"]
+    forget()
+    write_plugin(EVERYTHING.replace("2 * super", "3 * super"))
+    for command in (["train", *words], ["train", *words, "--eval_only"], ["sample", RUN]):
+        with pytest.raises(ConfigError, match="plugin"):
+            go(*command)
+        forget()
+    (place / "mine.py").unlink()
+    moved = tiny(write_plugin(EVERYTHING, "moved.py"), *OF_IT)
+    assert "finished already" in go("train", *moved)
+    forget()
+    assert '"val"' in go("train", *moved, "--eval_only")
 
 
-def test_several_plugins_bring_their_keys_whatever_their_place_on_the_line(place, fresh):
-    for name in ("one", "two"):
-        (place / f"{name}.py").write_text(f"""
-from gates import LOSSES
+LOSS = '''
+from gates import LOSSES, Loss
 
-@LOSSES.register("{name}", weight=0.5)
-def loss(step):
-    return sum(route.scores.square().mean() for route in step.routes)
-""")
-    words = ["--lambda_two=0.0", "--plugin=one.py", "--recipe=mine", "--max_iters=2", "--plugin=two.py"]
-    go("train", *tiny(*words))
-    assert set(steps_of("out/tiny/mine/seed0")[0]["losses"]) == {"lm", "jepa", "util", "rank", "one"}
-    assert config_of("out/tiny/mine/seed0")["lambda_one"] == 0.5 and len(PLUGINS) == 2
+
+@LOSSES.register("{}")
+class Mine(Loss):
+    weight = 0.5
+
+    def __call__(self, trace):
+        scores = trace.routes[0].scores
+        return {}
+'''
+
+
+def test_several_plugins_bring_their_keys_whatever_their_place_on_the_line(place, forget):
+    one, two = (write_plugin(LOSS.format(name, "scores.mean()"), f"{name}.py") for name in ("one", "two"))
+    go("train", *tiny("--lambda_two=0.0", one, "--recipe=mine", "--max_iters=2", two, one))
+    assert set(steps_of(RUN)[0]["losses"]) == {"lm", "jepa", "util", "rank", "one"}
+
+
+def test_a_name_that_is_taken_is_refused(place, forget):
+    text = "from gates import GATES, MLPGate\n\nGATES.register('g1')(MLPGate)\n"
+    with pytest.raises(ConfigError, match="the gate 'g1' is registered already"):
+        go("train", *tiny(write_plugin(text)))
 
 
 # -----------------------------------------------------------------------------
-# what is refused, each with a line that names the file
+# a fork's error is the fork's
 
-LOSS = "from gates import LOSSES\n\n@LOSSES.register({!r}{})\ndef loss(step):\n    return 0\n"
-
-
-@pytest.mark.parametrize("text,message", [
-    (None, "cannot be read"),
-    ("def forward(:\n", "SyntaxError"),
-    ("import no_such_module\n", "no_such_module"),
-    ("from gates import MLP\n", "MLP"),
-    ("1 / 0\n", "division by zero"),
-    (LOSS.format("lm", ""), "the loss 'lm' is registered already"),
-    (LOSS.format("new", "") + LOSS.format("new", ""), "the loss 'new' is registered already"),
-    (LOSS.format("new", ", wieght=1.0"), "a loss has no flag 'wieght'; did you mean 'weight'?"),
-    ("from gates import GATES, MLPGate\n\nGATES.register('g1')(MLPGate)\n", "the gate 'g1' is registered"),
-    ("import gates\n\ngates.ESTIMATORS.register('x', reads_all=True)(gates.hard)\n", "flag 'reads_all'"),
-    ("import gates\n\ngates.LABELS.register('x', sufix='full')(gates.hard)\n", "did you mean 'suffix'?")])
-def test_a_plugin_that_cannot_be_loaded_is_refused_in_one_line(place, fresh, text, message):
-    if text is not None:
-        (place / "bad.py").write_text(text)
-    with pytest.raises(ConfigError) as error:
-        go("train", *tiny("--plugin=bad.py"))
-    line = str(error.value)
-    assert message in line and "bad.py" in line and "\n" not in line
-    assert not (place / "out" / "tiny" / "g3_full_aux").exists()
+GATE = '''
+import torch
+import torch.nn as nn
+from gates import GATES, Gate
 
 
-def test_a_plugin_is_a_file_of_python_named_on_the_command_line(place, fresh):
-    (place / "mine.txt").write_text(EVERYTHING)
-    with pytest.raises(ConfigError, match="mine.txt.* must end in .py"):
-        go("train", *tiny("--plugin=mine.txt"))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        go("train", *tiny("--plugin=."))
-    (place / "recipe.py").write_text("plugin = ['mine.py']\n")
-    with pytest.raises(ConfigError, match="a plugin is named on the command line"):
-        configure(DEFAULTS | {"plugin": []}, ["recipe.py"])
+@GATES.register("mine")
+class Mine(Gate):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.score = nn.Linear(config.n_embd, 1)
+
+    def forward(self, h, context):
+        {}
+'''
 
 
-def test_two_plugins_of_one_name_are_refused_and_the_same_file_twice_is_one(place, fresh):
-    for name in ("a", "b"):
-        (place / f"{name}.py").write_text(LOSS.format("new", ""))
-    with pytest.raises(ConfigError, match="b.py.*the loss 'new' is registered already"):
-        go("train", *tiny("--plugin=a.py", "--plugin=b.py"))
-    fresh()
-    go("train", *tiny("--plugin=a.py", "--plugin=./a.py", "--max_iters=1", "--recipe=mine"))
+@pytest.mark.parametrize("text, error, line", [
+    ("x = 1\ny = no_such_name\n", NameError, 2),
+    ("def forward(:\n", SyntaxError, 1),
+    ("import no_such_module\n", ModuleNotFoundError, 1),
+    (GATE.format("return self.score(h[..., 1:]).squeeze(-1), None"), RuntimeError, 14),  # a wrong shape
+    (GATE.format("open('no/such/file')"), OSError, 14),
+    (GATE.format("raise MemoryError"), MemoryError, 14)])
+def test_an_error_in_a_plugin_is_a_traceback_to_its_line(text, error, line, place, forget):
+    plugin = write_plugin(text, "my_gate.py")
+    with pytest.raises(error) as raised:
+        go("train", *tiny(recipe("g1_no_utilrank"), plugin, "--gate=mine", "--recipe=mine"))
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(raised.value.__traceback__)]
+    if error is SyntaxError:
+        places.append((raised.value.filename, raised.value.lineno))
+    assert (str(place / "my_gate.py"), line) in places
+
+
+def test_the_same_from_a_shell(place):
+    plugin = write_plugin("x = 1\ny = no_such_name\n", "my_gate.py")
+    code, _, err = finish(start(HERE / "train.py", *tiny(plugin)))
+    assert code == 1 and f'File "{place}/my_gate.py", line 2' in err and err.endswith("is not defined\n")
+
+
+@pytest.mark.parametrize("returned", ["self.score(h)", "self.score(h), None", "self.score(h)[:, 0, 0], None",
+                                      "self.score(h).squeeze(-1)"])
+def test_a_gate_that_returns_something_else_is_named_with_its_file(returned, place, forget):
+    plugin = write_plugin(GATE.format(f"return {returned}"), "my_gate.py")
+    with pytest.raises(ConfigError, match=r"gate 'mine' \(Mine in my_gate.py\) must return scores \(B, T\)"):
+        go("train", *tiny(recipe("g1_no_utilrank"), plugin, "--gate=mine", "--recipe=mine"))
+
+
+@pytest.mark.parametrize("shape", ["[:, 0]", "[..., None]", "[:, 1:]"])
+def test_a_label_of_another_shape_is_named_with_its_file(shape, place, forget):
+    text = ("from gates import LABELS, Label\n\n\n@LABELS.register('mine')\nclass Mine(Label):\n"
+            f"    def __call__(self, trace, route):\n        return route.h.norm(dim=-1){shape}\n")
+    plugin = write_plugin(text, "my_label.py")
+    with pytest.raises(ConfigError, match=r"'mine' \(Mine in my_label.py\) must be \(B, T\) = \(4, 16\)"):
+        go("train", *tiny(recipe("g1_full_aux"), plugin, "--oracle=mine", "--recipe=mine"))
+
+
+@pytest.mark.parametrize("returned, got", [
+    ("scores.square().mean(1)", r"shape \(4,\)"), ("None", "NoneType"), ("1.5", "float"),
+    ("scores.detach().mean()", "detached")])
+def test_a_loss_that_cannot_teach_is_named_with_its_file(returned, got, place, forget):
+    plugin = write_plugin(LOSS.format("mine", returned), "my_loss.py")
+    with pytest.raises(ConfigError, match=rf"loss 'mine' \(Mine in my_loss.py\) must return a scalar.*{got}"):
+        go("train", *tiny(plugin, "--recipe=mine"))
+
+
+def test_a_gate_without_a_gradient_says_learned_false(place, forget):
+    text = GATE.format("return h.mean(-1), None")
+    words = tiny(recipe("g1_no_utilrank"), "--gate=mine", "--recipe=mine")
+    with pytest.raises(ConfigError, match=r"\(Mine in my_gate.py\) carry no gradient.*say learned = False"):
+        go("train", *words, write_plugin(text, "my_gate.py"))
+    forget()
+    said = text.replace("class Mine(Gate):", "class Mine(Gate):\n    learned = False\n")
+    go("train", *words, write_plugin(said, "my_gate.py"), "--overwrite")
+    assert summary_of(RUN)["steps"] == 6
 
 
 # -----------------------------------------------------------------------------
@@ -182,46 +217,38 @@ def test_two_plugins_of_one_name_are_refused_and_the_same_file_twice_is_one(plac
 
 def readme_plugins():
     """{file name: code} of the README's blocks that are a plugin."""
-    blocks = re.findall(r"```python\n(# (my_\w+\.py):.*?)```", README, re.DOTALL)
-    return {name: code for code, name in blocks}
+    return {name: code for code, name in re.findall(r"```python\n(# (my_\w+\.py).*?)```", README, re.DOTALL)}
 
 
 def readme_commands(script):
     """The words after `python <script>` of the README's commands with a plugin."""
-    lines = [line for line in README.splitlines() if line.startswith(f"python {script}")]
-    lines = [line for line in lines if "--plugin=" in line]
-    return [shlex.split(line)[len(script.split()) + 1:] for line in lines]
+    commands = re.findall(rf"^python {script} (.*--plugin=.*)$", README, re.MULTILINE)
+    return [shlex.split(words, comments=True) for words in commands]
 
 
-def test_the_readme_has_a_gate_a_loss_and_a_label_of_at_most_15_lines():
+def test_the_readmes_forks_run_as_printed(place, forget):
     plugins = readme_plugins()
     assert plugins.keys() == {"my_gate.py", "my_loss.py", "my_label.py"}
-    assert all(len(code.splitlines()) <= 15 for code in plugins.values())
-
-
-def test_the_readmes_training_commands_run_as_printed(place, fresh):
-    for name, code in readme_plugins().items():
+    for name, code in plugins.items():
         (place / name).write_text(code)
     commands = readme_commands("train.py")
-    assert [words[1] for words in commands] == [f"--plugin={name}" for name in readme_plugins()]
+    assert {f"--plugin={name}" for name in plugins} <= {word for words in commands for word in words}
     for words in commands:
-        fresh()
+        forget()
         go("train", *tiny(*words))
-    losses = {name: losses_of("out/tiny/my_loss/seed0", name) for name in ("lm", "spread")}
-    assert all(len(values) == 6 for values in losses.values())
-    assert config_of("out/tiny/my_loss/seed0")["lambda_spread"] == 0.3
-    assert "h.1.gate.score.weight" in checkpoint_of("out/tiny/my_gate/seed0")["model"]
+    assert len(losses_of("out/tiny/my_loss/seed0", "spread")) == 6
+    weights = torch.load("out/tiny/my_gate/seed0/ckpt.pt", weights_only=True)["model"]
+    assert "h.1.gate.score.weight" in weights
     assert all("label_correlation" in step for step in steps_of("out/tiny/my_label/seed0"))
-    assert config_of("out/tiny/my_label/seed0")["oracle"] == "distance"
+    record = json.loads((place / "out/tiny/my_label/seed0/config.json").read_text())
+    assert record["config"]["oracle"] == "distance"
 
 
 # -----------------------------------------------------------------------------
 # the contract's tests over plugins
 
 BROKEN = '''
-import torch.nn as nn
-
-from gates import ESTIMATORS, GATES, LABELS, LOSSES, MLPGate
+from gates import GATES, LABELS, LOSSES, Label, Loss, MLPGate, mean
 
 
 @GATES.register("peeking")
@@ -231,46 +258,56 @@ class PeekingGate(MLPGate):
         return scores - scores.mean(1, keepdim=True), None
 
 
-@ESTIMATORS.register("unsaid")
-def unsaid(scores, mask):
-    p = scores.sigmoid()
-    return mask.float() + p - p.detach()
+@GATES.register("in_place")
+class InPlaceGate(MLPGate):
+    def forward(self, h, context):
+        return super().forward(h.mul_(0.9), context)
+
+
+@GATES.register("misshapen")
+class MisshapenGate(MLPGate):
+    def forward(self, h, context):
+        return self.net(h), None
+
+
+@GATES.register("double")
+class DoubleGate(MLPGate):
+    def forward(self, h, context):
+        return super().forward(h, context)[0].double(), None
 
 
 @LABELS.register("batchwise")
-def batchwise(step, route):
-    return route.scores.detach() - route.scores.detach().mean()
+class Batchwise(Label):
+    def __call__(self, trace, route):
+        return route.scores.detach() - route.scores.detach().mean()
 
 
 @LOSSES.register("summed")
-def summed(step):
-    return sum(route.scores.square().sum() for route in step.routes)
+class Summed(Loss):
+    def __call__(self, trace):
+        return mean(route.scores.square().sum() for route in trace.routes)
 
 
 @LOSSES.register("leaking")
-def leaking(step):
-    return step.x.square().mean()
+class Leaking(Loss):
+    def __call__(self, trace):
+        return trace.x.square().mean()
 '''
-BREAKS = {"peeking": ["scores_are_finite", "threshold_never_looks_ahead"],
-          "unsaid": ["an_estimator_is_what_its_flags_say", "gathered_equals_masked"],
-          "batchwise": ["takes_each_row_alone"], "summed": ["mean_over_slices"],
-          "leaking": ["trains_what_it_is_about"]}
-KEEP = ["my_gate", "spread", "distance", "position", "tanh", "doubled", "again", "small"]
+BREAKS = ["peeking", "in_place", "misshapen", "double", "batchwise", "summed", "leaking"]
+KEEPS = ["my_gate", "spread", "distance", "position", "tanh", "doubled", "small"]
 
 
 def test_the_contract_passes_the_forks_of_the_readme_and_fails_what_breaks_it(tmp_path):
-    """In one process of its own, where nothing but the tests of these names is run."""
+    """In a process of its own, where only the tests of these names run."""
     files = readme_plugins() | {"everything.py": EVERYTHING, "broken.py": BROKEN}
-    for name, code in files.items():
-        (tmp_path / name).write_text(code)
-    assert readme_commands("-m pytest -q test_routing.py") == [["--plugin=my_gate.py"]]
-    words = ["-q", "-p", "no:cacheprovider", "-k", " or ".join([*KEEP, *BREAKS])]
-    words += [f"--plugin={name}" for name in files]
+    plugins = [write_plugin(code, tmp_path / name) for name, code in files.items()]
+    assert ["--plugin=my_gate.py"] in [words[-1:] for words in readme_commands("-m pytest")]
+    names = f"({' or '.join([*KEEPS, *BREAKS])}) and not (llama or dtype1 or scaled or hard or ste-)"
+    words = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "-k", names, *plugins]
     tests = start("-m", "pytest", HERE / "test_routing.py", "--rootdir", HERE, *words, cwd=tmp_path)
-    code, printed, _ = finish(tests, timeout=500)
+    code, printed, _ = finish(tests, timeout=300)
     failed = re.findall(r"^FAILED \S+::(\S+)", printed, re.MULTILINE)
-    assert code == 1 and int(re.search(r"(\d+) passed", printed).group(1)) > 100
-    for name, tests in BREAKS.items():
-        for test in tests:
-            assert any(test in line and name in line for line in failed), (name, test, failed)
-    assert all(any(name in line for name in BREAKS) for line in failed), failed
+    assert code == 1 and int(re.search(r"(\d+) passed", printed).group(1)) > 50, printed[-3000:]
+    for name in BREAKS:
+        assert any(name in test for test in failed), (name, failed)
+    assert not [test for test in failed if not any(name in test for name in BREAKS)], failed
