@@ -169,17 +169,15 @@ def one_step(run):
 def forward(bench, model, batch, mode, execution="gathered"):
     """One forward pass to the loss of every token."""
     context, model.config.execution = Context(batch.tokens, batch.row_seeds), execution
-    with bench.machine.autocast():
-        x, _ = model.run(model.embed(context), mode, context)
-        model.token_losses([x], batch.targets)
+    x, _ = model.run(model.embed(context), mode, context)
+    model.token_losses([x], batch.targets)
     model.config.execution = "gathered"
 
 
 @torch.inference_mode()
 def prefill(bench, tokens, mode):
     """A prompt (B, T) into a KV cache -> the logits of its last token (B, 1, V)."""
-    with bench.machine.autocast():
-        return bench.served(tokens, mode, cache=new_cache(bench.served, len(tokens)), last_only=True)[0]
+    return bench.served(tokens, mode, cache=new_cache(bench.served, len(tokens)), last_only=True)[0]
 
 
 @torch.inference_mode()
@@ -187,11 +185,10 @@ def decode(bench, tokens, mode):
     """Greedy decoding behind a KV cache -> the Routes of every step. The likeliest token is found, but the next one
     in `tokens` (B, n) is read: random weights would soon write the same token for ever."""
     cache, routes = new_cache(bench.served, len(tokens)), []
-    with bench.machine.autocast():
-        for token in tokens.split(1, dim=1):
-            logits, decided = bench.served(token, mode, cache=cache, last_only=True)
-            logits.argmax(-1)
-            routes.append(decided)
+    for token in tokens.split(1, dim=1):
+        logits, decided = bench.served(token, mode, cache=cache, last_only=True)
+        logits.argmax(-1)
+        routes.append(decided)
     return routes
 
 

@@ -5,6 +5,7 @@ the tests hold the two equal. First random numbers, permutations, attention and 
 LM head, which are taken a chunk of tokens at a time: with 50,257 words in the vocabulary the logits of a
 batch of 16 x 1024 tokens would fill 3.3 GB.
 """
+import contextlib
 import math
 
 import torch
@@ -52,11 +53,20 @@ class Permute(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-def in_compute_dtype(x):
-    """x as the matrix products under autocast take it: cast once, not once a product."""
+def in_compute_dtype(x, weight):
+    """x in the dtype of its products with `weight`: autocast's, where autocast is on, so that it is cast once and
+    not once a product; else the weight's, for a model whose matrices have been cast for good. Decoding does
+    without autocast: at one token it would take a quarter of the time."""
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(weight.dtype)
+
+
+def no_autocast(x):
+    """A context in which nothing on x's device is cast; where autocast is off, one that costs nothing."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 # -----------------------------------------------------------------------------
@@ -173,7 +183,7 @@ class HeadLoss(torch.autograd.Function):
         trained = ctx.needs_input_grad[1]
         dx, total = torch.empty_like(x), 0.0
         dw = torch.zeros_like(weight) if trained else None
-        weight = in_compute_dtype(weight)
+        weight = in_compute_dtype(weight, weight)
         for tokens in chunks(len(x), weight, trained):
             hidden = x[tokens].to(weight.dtype)
             loss, dlogits = loss_and_gradient(F.linear(hidden, weight), weight, reference[tokens])
@@ -206,6 +216,11 @@ def chunks(n, weight, trained=False):
     return [slice(i, i + step) for i in range(0, n, step)]
 
 
+def logits_of(x, weight):
+    """Hidden states (..., D) -> logits (..., V)."""
+    return F.linear(in_compute_dtype(x, weight), weight)
+
+
 @torch.no_grad()
 def token_losses(streams, weight, reference):
     """For each of several hidden states (B, T, D) the cross entropy of every token (B, T), float32: with the
@@ -217,9 +232,9 @@ def token_losses(streams, weight, reference):
     for tokens in chunks(len(reference), weight):
         wanted = reference[tokens]
         if wanted.is_floating_point():
-            wanted = F.linear(wanted, weight).softmax(-1, dtype=torch.float32)  # (n, V)
+            wanted = logits_of(wanted, weight).softmax(-1, dtype=torch.float32)  # (n, V)
         for x, loss in zip(streams, losses):
-            logits = F.linear(x[tokens], weight).float()  # (n, V)
+            logits = logits_of(x[tokens], weight).float()  # (n, V)
             loss[tokens] = F.cross_entropy(logits, wanted, reduction="none")
     return [loss.view(shape) for loss in losses]
 
@@ -231,8 +246,8 @@ def compare_heads(x, teacher, weight, targets):
     x, teacher, targets = x.flatten(0, 1), teacher.flatten(0, 1), targets.flatten()
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
     for tokens in chunks(len(x), weight):
-        log_p = F.linear(x[tokens], weight).log_softmax(-1, dtype=torch.float32)  # (n, V)
-        log_q = F.linear(teacher[tokens], weight).log_softmax(-1, dtype=torch.float32)
+        log_p = logits_of(x[tokens], weight).log_softmax(-1, dtype=torch.float32)  # (n, V)
+        log_q = logits_of(teacher[tokens], weight).log_softmax(-1, dtype=torch.float32)
         sums[0] += F.nll_loss(log_p, targets[tokens], reduction="sum")
         sums[1] += (log_q.exp() * (log_q - log_p)).sum()
         sums[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()

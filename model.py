@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import kernels
 from configurator import ConfigError, where_is
 from gates import ESTIMATORS, GATES, Context, Route, full_tokens, threshold_for, topk_mask
-from kernels import activate, ffn_at, in_compute_dtype, permute, short_attention
+from kernels import activate, ffn_at, in_compute_dtype, logits_of, no_autocast, permute, short_attention
 
 ACTIVATIONS = ("gelu", "gelu_new", "silu", "swiglu")  # gelu_new is tanh's; on a CPU in bfloat16 it is slow
 
@@ -78,6 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, D = x.shape
+        x = in_compute_dtype(x, self.c_attn.weight)
         qkv = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2 Hkv, T, d)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
         if rotation is not None:
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, Hkv, S, d), S >= T: all positions so far
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             y = attend(q, k, v)  # (B, H, T, d)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
@@ -94,8 +95,8 @@ def attend(q, k, v):
     """Causal attention of the last T of S positions: q (B, H, T, d), k and v (B, Hkv, S, d) -> like q."""
     T, S = q.size(2), k.size(2)
     shared = q.size(1) != k.size(1)
-    if T == 1:  # one token sees everything before it
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared)
+    if T == 1:  # one token sees everything before it; the heads that share a key stand together, as its queries
+        return F.scaled_dot_product_attention(q.view(q.size(0), k.size(1), -1, q.size(3)), k, v).view(q.shape)
     if T < S:  # a chunk behind a cache
         past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=shared)
@@ -131,6 +132,7 @@ class FFN(nn.Module):
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=bias)
 
     def forward(self, h):
+        h = in_compute_dtype(h, self.c_fc.weight)
         return self.c_proj(activate(self.c_fc(h), self.activation))
 
 
@@ -185,7 +187,7 @@ class Block(nn.Module):
 
     def score(self, h, context):
         """Scores (B, T) in float32, whatever the dtype around them, and the gate's prediction or None."""
-        with torch.autocast(h.device.type, enabled=False):
+        with no_autocast(h):
             result = self.gate(h.detach().float(), context)
         if type(result) is not tuple or len(result) != 2 or getattr(result[0], "shape", None) != h.shape[:2]:
             raise ConfigError(f"the gate {self.config.gate!r} ({where_is(type(self.gate))}) must return scores (B, "
@@ -232,7 +234,7 @@ class Block(nn.Module):
     def both_paths(self, h, scores, mask, full_tokens, want_outcomes):
         """Both FFNs on every token. full_tokens (n,): their places in B * T. On the others w is 0, so the
         gradient that full sends to h is 0 too, and it is not computed."""
-        shape, h = h.shape, in_compute_dtype(h).flatten(0, 1)  # (B * T, D)
+        shape, h = h.shape, in_compute_dtype(h, self.mlp.c_fc.weight).flatten(0, 1)  # (B * T, D)
         w = self.estimator(scores, mask).view(-1, 1)  # (B * T, 1)
         full, cheap = ffn_at(self.mlp, h, full_tokens), self.cheap(h)  # (B * T, D) each
         outcomes = self.gate.outcomes(full.view(shape), cheap.view(shape)) if want_outcomes else None
@@ -241,7 +243,8 @@ class Block(nn.Module):
     def own_paths(self, h, scores, mask, order, n):
         """Each FFN on its own tokens: full on the first n of `order` (B * T,), cheap on the others."""
         inverse = order.argsort()
-        h_full, h_cheap = permute(in_compute_dtype(h).flatten(0, 1), order, inverse).split((n, len(order) - n))
+        flat = in_compute_dtype(h, self.mlp.c_fc.weight).flatten(0, 1)  # (B * T, D)
+        h_full, h_cheap = permute(flat, order, inverse).split((n, len(order) - n))
         full, cheap = self.mlp(h_full), self.cheap(h_cheap)  # (n, D) and (B * T - n, D)
         if self.estimator.mixes:
             w = self.estimator(scores, mask).view(-1, 1).index_select(0, order[:n])  # (n, 1)
@@ -297,7 +300,7 @@ class GPT(nn.Module):
         x, routes = self.run(self.embed(context), mode, context, cache=cache)
         if last_only:
             x = x[:, -1:]
-        return F.linear(self.ln_f(x), self.head), routes
+        return logits_of(self.ln_f(x), self.head), routes
 
     def embed(self, context):
         """-> the residual stream (B, T, D), float32, before the first layer."""
@@ -324,7 +327,7 @@ class GPT(nn.Module):
         if self.config.positions == "learned":
             return None
         table = self.rotation[:, context.start:context.start + context.tokens.size(1)]
-        return in_compute_dtype(table).unbind(0)
+        return in_compute_dtype(table, self.h[0].attn.c_attn.weight).unbind(0)
 
     # Losses of a stream x (B, T, D) after the last layer, see kernels.py for their formulas.
 

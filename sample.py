@@ -248,14 +248,13 @@ def main():
     tokens = generate(model, torch.tensor([ids], device=machine.device), mode=mode, generator=generator,
                       vocab_size=tokenizer.n_vocab, eot_token=tokenizer.eot_token, **sampling)
     decode, pieces, masks = tokenizer.decoder(), [], []
-    with machine.autocast():
-        for token, mask in tokens:
-            pieces.append(decode(token))
-            masks.append(mask)
-            if not digits:
-                print(colored(pieces[-1], mask) if color else pieces[-1], end="", flush=True)
-            if len(pieces) == len(ids):
-                began = time.perf_counter()
+    for token, mask in tokens:
+        pieces.append(decode(token))
+        masks.append(mask)
+        if not digits:
+            print(colored(pieces[-1], mask) if color else pieces[-1], end="", flush=True)
+        if len(pieces) == len(ids):
+            began = time.perf_counter()
     seconds, new = time.perf_counter() - began, len(pieces) - len(ids)
     print(with_digits(pieces, masks) if digits else "", end="\n\n")
     if options["max_new_tokens"]:
