@@ -295,15 +295,19 @@ def test_an_estimator_is_what_its_flags_say(name):
 @both_families
 @pytest.mark.parametrize("gate,estimator", PAIRS)
 def test_topk_equals_the_layer_as_specified(gate, estimator, family):
-    """k tokens a row, each in its place, with the right weight."""
+    """k tokens a row, each in its place, with the right weight. The slow way takes the masks of the fast one, since
+    rounding may turn two scores that are nearly equal; its scores are compared."""
     model = make(family=family, gate=gate, estimator=estimator, budget=0.3)
     idx, row_seeds = tokens(model, 3, 15), seeds(7, 1, 100)
-    want = slow(model, idx, lambda layer, s: best_of(s, 5), row_seeds)
     for model.config.execution in ("masked", "gathered"):
         context = context_of(idx, row_seeds)
         x, routes = model.run(model.embed(context), "topk", context)
-        same(x, want)
-        assert [r.layer for r in routes] == [1, 3] and all((r.mask.sum(1) == 5).all() for r in routes)
+        masks, scores = {r.layer: r.mask for r in routes}, {}
+        assert list(masks) == [1, 3]
+        same(x, slow(model, idx, lambda layer, s: scores.update({layer: s}) or masks[layer], row_seeds))
+        for route in routes:
+            same(route.scores, scores[route.layer])
+            assert torch.equal(route.mask, best_of(route.scores, 5))
 
 
 def outcome(model, execution, idx, mode, dtype):
