@@ -5,8 +5,8 @@
     python bench.py config/smollm2.py --rows=memory --arm=best    how much memory a training takes
     python bench.py config/paper.py --batch_size=4 --baseline=../nanoGPT    beside a nanoGPT checkout
 
-The rows are forward, training, decode, prefill, nanogpt, tokenizing, ledger, and memory, which wants a process of
-its own. Every key of train.py that a scale sets can be given too. With --backbone=hf:FOLDER the weights are real,
+The rows are forward, training, decode, prefill, nanogpt, ledger, and memory, which wants a process of its
+own. Every key of train.py that a scale sets can be given too. With --backbone=hf:FOLDER the weights are real,
 and the library `transformers`, where it is installed, runs the same weights beside us; else they are random.
 
 What is compared is timed in turn, and medians are compared. A speed says how many times as fast, so more is
@@ -17,14 +17,10 @@ import contextlib
 import glob
 import importlib.util
 import io
-import itertools
-import json
 import os
 import statistics
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 
 from configurator import (HERE, ConfigError, arm_words, configure, did_you_mean, exit_on_error, read_arms,
@@ -38,7 +34,7 @@ from gates import Context, active_losses
 from machine import Machine, compile_layers
 from metrics import ledger_of
 from optim import make_optimizers
-from prepare import get_batch, prepare, stdlib_documents, tokenizer
+from prepare import get_batch
 from run import Run, build, cast_frozen, check_config, load_backbone, model_config
 from sample import new_cache
 from train import configure_run, train_step
@@ -339,29 +335,6 @@ def nanogpt_rows(bench):
     yield speed("forward: speed of our dense model over nanoGPT's", our_forward, their_forward, n)
 
 
-def tokenizing_rows(bench):
-    """The whole of prepare.py, from a file to bins, beside its tokenizer alone on the same text in memory."""
-    name = bench.config["backbone"] if bench.config["backbone"].startswith("hf:") else "gpt2"
-    try:
-        encode = tokenizer(name).encode
-    except ConfigError as error:
-        print(f"the tokenizing row is left out: {error}", file=sys.stderr)
-        return
-    parts = [text for text in stdlib_documents() if text]
-    texts = [f"{copy} " + "\n".join(parts[i:i + 16]) for copy in range(4) for i in range(0, len(parts), 16)]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        path, numbers = os.path.join(folder, "text.jsonl"), itertools.count()
-        with open(path, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-
-        def from_file():
-            with contextlib.redirect_stdout(io.StringIO()):
-                prepare(path, f"run{next(numbers)}", tokenizer_name=name, root=folder)
-        whole, alone = bench.in_turn(from_file, lambda: list(pool.map(encode, texts)))
-    yield row(f"tokenizing by {name}: speed of prepare.py over the tokenizer alone", alone / whole, 1.0,
-              f"{sum(map(len, texts)) / whole / 1e6:.1f} MB/s, {os.cpu_count()} threads")
-
-
 def ledger_rows(bench):
     """The FLOPs of every recipe of config/ and every line of config/arms.ini. Nothing is timed."""
     yield (f"\nFLOPs per token at T = {bench.config['block_size']}. Forward: what training executes forward / a "
@@ -377,7 +350,7 @@ def ledger_rows(bench):
 
 
 ROWS = {"forward": forward_rows, "training": training_rows, "decode": decode_rows, "prefill": prefill_rows,
-        "nanogpt": nanogpt_rows, "tokenizing": tokenizing_rows, "memory": memory_rows, "ledger": ledger_rows}
+        "nanogpt": nanogpt_rows, "memory": memory_rows, "ledger": ledger_rows}
 
 
 # -----------------------------------------------------------------------------

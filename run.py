@@ -39,7 +39,7 @@ CONTROLLERS_ONLY = {"controlled", "cheap_rank", "gate", "g1_hidden", "latent", "
                     "backbone_seed", "backbone_iters", "backbone_long_iters", "backbone_lr", "backbone_muon_lr",
                     "backbone_batch_size"}
 # The files that decide what a run computes.
-METHOD = ("kernels.py", "gates.py", "model.py", "prepare.py", "optim.py", "run.py", "train.py")
+METHOD = ("kernels.py", "gates.py", "model.py", "encoding.py", "prepare.py", "optim.py", "run.py", "train.py")
 
 
 # -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from configurator import ConfigError, configure, exit_on_error, load_plugin, sho
 
 import torch
 
-from prepare import load_tokenizer
+from encoding import load_tokenizer
 from run import CHOICES, load_run, recalibrate, write_text
 
 DEFAULTS = dict(

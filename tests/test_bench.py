@@ -91,15 +91,6 @@ def test_a_nanogpt_is_timed_in_the_same_run(here):
     assert len(table(out)) == 2 and "decayed" not in out
 
 
-def test_tokenizing_is_measured_or_left_out_with_a_reason(llama, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "stdlib_documents", lambda: [f"document {i} " * 9 for i in range(99)])
-    [(figure, limit, note)] = table(go("bench", *llama, "--rows=tokenizing")).values()
-    assert limit == 1.0 and "MB/s" in note and not os.path.exists("data")
-    os.remove("llama/tokenizer.json")
-    assert table(go("bench", *llama, "--rows=tokenizing")) == {}
-    assert "left out" in capsys.readouterr().err
-
-
 def test_memory_is_that_of_a_training():
     words = tiny("--rows=memory", "--arm=dense", "--dataset=stdlib", "--n_embd=512")
     done = subprocess.run([sys.executable, f"{HERE}/bench.py", *words], capture_output=True, text=True, check=True)

@@ -20,6 +20,7 @@ import tokenizers
 import torch
 
 import prepare
+import encoding
 from configurator import ConfigError
 from prepare import SPLITS
 
@@ -88,7 +89,7 @@ def read(folder, *splits):
     ids = np.concatenate([tokens(folder, split) for split in splits or SPLITS])
     *texts, rest = np.split(ids, np.flatnonzero(ids == meta["eot_token"]) + 1)
     assert len(rest) == 0  # the last one ends with end-of-text too
-    enc = prepare.load_tokenizer(meta, folder)
+    enc = encoding.load_tokenizer(meta, folder)
     return [enc.decode(text[:-1].tolist()) for text in texts]
 
 
@@ -142,7 +143,7 @@ def enc(request, documents):
     if request.param == "hf:own":
         byte_level("own", documents)
     try:
-        return prepare.tokenizer(request.param)
+        return encoding.tokenizer(request.param)
     except ConfigError:
         pytest.skip("tiktoken cannot load the gpt2 vocabulary here")
 
@@ -171,18 +172,18 @@ def test_in_a_prompt_end_of_text_is_the_token(enc):
 @pytest.mark.parametrize("text", TEXTS[1:5], ids=repr)
 def test_every_token_has_its_piece_of_the_text_and_characters_stay_whole(enc, text):
     ids = enc.encode(text).tolist()
-    pieces = prepare.decode_pieces(enc, ids)
+    pieces = encoding.decode_pieces(enc, ids)
     assert len(pieces) == len(ids) and "".join(pieces) == text and "\ufffd" not in pieces
     piece = enc.decoder()
     assert [piece(token) for token in ids] == pieces
 
 
 def test_what_never_becomes_a_character_is_the_replacement_mark():
-    enc = prepare.tokenizer("bytes")
+    enc = encoding.tokenizer("bytes")
     ids = [0xC3, 0xA9, 0xC3, 65, 0xF0, 0x9F]
-    assert prepare.decode_pieces(enc, ids) == ["", "é", "", "\ufffdA", "", "\ufffd"]
-    assert prepare.decode_pieces(enc, [0xC3, 256]) == ["", "\ufffd" + EOT]
-    assert prepare.decode_pieces(enc, []) == []
+    assert encoding.decode_pieces(enc, ids) == ["", "é", "", "\ufffdA", "", "\ufffd"]
+    assert encoding.decode_pieces(enc, [0xC3, 256]) == ["", "\ufffd" + EOT]
+    assert encoding.decode_pieces(enc, []) == []
 
 
 @pytest.mark.parametrize("character, count", [(" ", 10**6), ("\n", 10**6), ("\t", 10**6), ("a", 300_000)])
@@ -194,11 +195,11 @@ def test_monstrous_runs_are_tokenized_in_seconds(enc, character, count):
 
 def test_long_texts_have_the_tokens_that_they_have_whole(documents):
     text = "  \n\n".join(documents * 20)
-    assert len(prepare.PARTS.findall(text)) > 5
+    assert len(encoding.PARTS.findall(text)) > 5
     own = byte_level("own", documents)
-    assert prepare.tokenizer("hf:own").encode(text).tolist() == own.encode(text, add_special_tokens=False).ids
+    assert encoding.tokenizer("hf:own").encode(text).tolist() == own.encode(text, add_special_tokens=False).ids
     try:
-        gpt2 = prepare.tokenizer("gpt2")
+        gpt2 = encoding.tokenizer("gpt2")
     except ConfigError:
         pytest.skip("tiktoken cannot load the gpt2 vocabulary here")
     import tiktoken
@@ -235,9 +236,9 @@ def test_end_of_text_of_an_hf_tokenizer(config, added, eot):
         Path("own/tokenizer_config.json").write_text(json.dumps(config))
     if eot is None:
         with pytest.raises(ConfigError, match="hf:own has no end-of-text token"):
-            prepare.tokenizer("hf:own")
+            encoding.tokenizer("hf:own")
     else:
-        assert prepare.tokenizer("hf:own").encode_prompt(eot) == [added.index(eot)]
+        assert encoding.tokenizer("hf:own").encode_prompt(eot) == [added.index(eot)]
 
 
 def test_a_tokenizer_that_is_not_byte_level_gives_its_pieces():
@@ -248,8 +249,8 @@ def test_a_tokenizer_that_is_not_byte_level_gives_its_pieces():
     own.add_special_tokens(["</s>"])
     os.mkdir("own")
     own.save("own/tokenizer.json")
-    enc = prepare.tokenizer("hf:own")
-    assert prepare.decode_pieces(enc, enc.encode("Hello world").tolist()) == [" Hello", " wor", "ld"]
+    enc = encoding.tokenizer("hf:own")
+    assert encoding.decode_pieces(enc, enc.encode("Hello world").tolist()) == [" Hello", " wor", "ld"]
     assert enc.eot_token not in enc.encode("Hello</s> world") and enc.decode_bytes(6) == b"\xe6"
 
 
@@ -275,7 +276,7 @@ def test_a_tokenizer_that_cannot_be_had_is_told_in_one_line(monkeypatch):
             prepare.prepare(tokenizer_name=name)
     monkeypatch.setattr("tiktoken.get_encoding", raising(OSError("offline")))
     with pytest.raises(ConfigError, match="gpt2 vocabulary.*TIKTOKEN_CACHE_DIR"):
-        prepare.tokenizer("gpt2")
+        encoding.tokenizer("gpt2")
     assert os.listdir() == ["empty"]
 
 
