@@ -21,7 +21,7 @@ import torch
 import plots
 from configurator import ConfigError, configure, exit_on_error, show_help_if_asked
 from gates import LABELS, Context, Trace, forced_branches, full_tokens, topk_mask
-from metrics import evaluate, ledger, progress, spearman
+from metrics import evaluate, ledger, progress, slices_of, spearman
 from prepare import eval_batch
 from run import data_of_run, load_run, read_json, recalibrate, write_json
 from study import group_key, group_title, table, write_pieces
@@ -76,13 +76,12 @@ def label_of(oracle, trace, route):
 # labels
 
 @torch.no_grad()
-def exact_labels(model, context, layer, positions, mode, references, tick=lambda: None):
+def exact_labels(model, context, layer, positions, mode, references):
     """What flipping one token at a layer does, the other tokens of the layer as routed and the layers after it
     under `mode`: loss(cheap) - loss(full). Two forward passes a position, so for small samples only.
 
-    references {name: tokens (B, T) or a stream (B, T, D)}: what the losses are against; tick: called after each
-    position. -> {name: (B, P, 2)}: the loss of the flipped token itself, and the sum of this and all later
-    ones."""
+    references {name: tokens (B, T) or a stream (B, T, D)}: what the losses are against.
+    -> {name: (B, P, 2)}: the loss of the flipped token itself, and the sum of this and all later ones."""
     x, routes = model.run(model.embed(context), "topk", context, end=layer + 1, keep={layer})
     forced = forced_branches(model, routes[-1])  # full and cheap, (B, T, D) each
     flips = {name: [] for name in references}
@@ -97,7 +96,6 @@ def exact_labels(model, context, layer, positions, mode, references, tick=lambda
             loss_full, loss_cheap = model.token_losses(streams.chunk(2), reference)
             difference = loss_cheap - loss_full  # (B, T)
             flips[name].append(torch.stack([difference[:, t], difference[:, t:].sum(1)], dim=1))
-        tick()
     return {name: torch.stack(values, dim=1) for name, values in flips.items()}
 
 
@@ -113,16 +111,15 @@ def label_audit(folder, options):
     layers = options["layers"] or config["controlled"]
     if not set(layers) <= set(config["controlled"]):
         raise ConfigError(f"--layers={layers}: name controlled layers, some of {config['controlled']}")
-    steps = progress(range(len(layers) * len(SUFFIXES) * len(positions)), f"{folder}: flips")
     found = {}
-    for layer in layers:
-        for pair, (a, b) in pairs_of(*quantities(model, traces, layer, positions, lambda: next(steps))).items():
+    for layer in progress(layers, f"{folder}: flips, layer"):
+        for pair, (a, b) in pairs_of(*quantities(model, traces, layer, positions)).items():
             found.setdefault(pair, []).append(round(spearman(a, b).item(), 3))
     return found
 
 
 @torch.no_grad()
-def quantities(model, traces, layer, positions, tick):
+def quantities(model, traces, layer, positions):
     """-> {name: (B, P)} of the scores and the labels of a layer, and the same of its exact flips."""
     context, config = traces["next"].context, traces["next"].config
     _, routes = model.run(model.embed(context), "topk", context, end=layer + 1, keep={layer})
@@ -133,7 +130,7 @@ def quantities(model, traces, layer, positions, tick):
     references = {"next": traces["next"].targets, "dense": traces["next"].dense_x}
     flips = {}
     for suffix, mode in SUFFIXES.items():
-        for target, values in exact_labels(model, context, layer, positions, mode, references, tick).items():
+        for target, values in exact_labels(model, context, layer, positions, mode, references).items():
             flips[f"flip_{suffix}_own_{target}"], flips[f"flip_{suffix}_later_{target}"] = values.unbind(2)
     return taught, flips
 
@@ -161,34 +158,28 @@ def ceiling(folder, options):
     with either label under the gate's own routing, the mean over layers."""
     model, config, data, _, machine = load(folder, options, dtype="float32")
     batch = val_rows(data, config, options["ceiling_rows"], machine)
-    n, size = len(batch.tokens), max(1, TOKENS_AT_ONCE // batch.tokens.size(1))
-    parts = [batch.rows(slice(i, i + size)) for i in range(0, n, size)]
-    steps = progress(range(4 * len(parts) * len(config["controlled"])), f"{folder}: labels for the ceiling")
-    result = {}
-    for part in parts:
-        for name, value in ceiling_of_rows(model, traces_of(model, config, part), lambda: next(steps)).items():
+    n, result = len(batch.tokens), {}
+    for part in progress(slices_of(batch, TOKENS_AT_ONCE), f"{folder}: rows for the ceiling"):
+        for name, value in ceiling_of_rows(model, traces_of(model, config, part)).items():
             result[name] = result.get(name, 0.0) + value * len(part.tokens) / n
     return {"rows": n} | {name: float(f"{value:.5g}") for name, value in result.items()}
 
 
 @torch.no_grad()
-def ceiling_of_rows(model, traces, tick=lambda: None):
+def ceiling_of_rows(model, traces):
     context, targets = traces["next"].context, traces["next"].targets
     gate, routes = model.run(model.embed(context), "topk", context, keep=model.config.controlled)
     streams, rho = {"gate": gate, "dense_model": traces["next"].dense_x}, {}
     for target, trace in traces.items():
-        streams[f"{target}_label"] = route_by_label(model, trace, tick)
-        correlations = []
-        for route in routes:
-            correlations.append(spearman(route.scores, label_of("on_policy", trace, route)).item())
-            tick()
-        rho[f"rho_{target}"] = statistics.fmean(correlations)
+        streams[f"{target}_label"] = route_by_label(model, trace)
+        rho[f"rho_{target}"] = statistics.fmean(
+            spearman(route.scores, label_of("on_policy", trace, route)).item() for route in routes)
     losses = model.token_losses(list(streams.values()), targets)
     return {name: loss.mean().item() for name, loss in zip(streams, losses)} | rho
 
 
 @torch.no_grad()
-def route_by_label(model, trace, tick):
+def route_by_label(model, trace):
     """The stream (B, T, D) after the last layer when every controlled layer, from below, takes the tokens whose
     on-policy label is largest. A layer's label sees the layers before it as labels have routed them, and those
     after it as the gates route. The weight is the estimator's, of the gate's scores."""
@@ -201,7 +192,6 @@ def route_by_label(model, trace, tick):
         mask = topk_mask(label, full_tokens(block.budget, label.size(1)))
         y, _ = block.masked(route.h, route.scores, mask)
         x = route.x + y
-        tick()
     return x
 
 
@@ -314,7 +304,7 @@ def main():
     if min(options["rows"], options["positions"] - 1, options["ceiling_rows"]) < 1:
         raise ConfigError("--rows and --ceiling_rows are at least 1, and --positions, whose ranks are compared, 2")
     path = os.path.join(report, "audit.json")
-    answers = report and read_json(path) or {}
+    answers = (read_json(path) if report else None) or {}
     for folder in folders:
         title = run_title(folder, options["checkpoint"])
         for question in asked:

@@ -165,8 +165,10 @@ def one_step(run):
 def forward(bench, model, batch, mode, execution="gathered"):
     """One forward pass to the loss of every token."""
     context, model.config.execution = Context(batch.tokens, batch.row_seeds), execution
-    x, _ = model.run(model.embed(context), mode, context)
-    model.token_losses([x], batch.targets)
+    trained = model.wte.weight.requires_grad  # the matrices of a served model are cast already
+    with bench.machine.autocast() if trained else contextlib.nullcontext():
+        x, _ = model.run(model.embed(context), mode, context)
+        model.token_losses([x], batch.targets)
     model.config.execution = "gathered"
 
 

@@ -60,12 +60,16 @@ class Context:
 
 
 class Gate(nn.Module):
+    """What every gate has. Its forward takes (h, context) and gives (scores, prediction or None)."""
     learned = True
     predicts = False
 
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
+
+    def forward(self, h, context):
+        raise NotImplementedError
 
 
 # -----------------------------------------------------------------------------
@@ -183,6 +187,7 @@ ESTIMATORS = Registry("estimator")
 
 
 class Estimator:
+    """What every estimator has: three flags, and __call__(scores, mask) -> w."""
     reads_both = False  # w has a gradient on every token, so both outputs are needed there
     mixes = False  # w is not 1 on full tokens, so cheap is part of their output
     standardises = False  # the scores are standardised before the sigmoid
@@ -211,8 +216,9 @@ class StandardisedStraightThrough(Estimator):
 
 @ESTIMATORS.register("ste")
 class StraightThrough(Estimator):
-    """The plain straight-through estimator. All scores of a row drift up together, since that lowers the loss
-    a little at every step. The sigmoid gets flat there, its gradient vanishes, and the gate is dead."""
+    """The plain straight-through estimator. Its gradient says of most tokens that more full would lower the loss.
+    Top-k does not care if all scores of a row rise together, so nothing pushes back: they drift up until the
+    sigmoid is flat. Then there is no gradient, and the gate is dead."""
     reads_both = True
 
     def __call__(self, scores, mask):
@@ -268,7 +274,7 @@ class LayerLabels(NamedTuple):
 class Trace:
     """What a forward pass of training leaves for the labels and the losses."""
     model: nn.Module
-    config: dict
+    config: dict  # train.py's keys; the model's own config is a GPTConfig
     context: Context
     targets: torch.Tensor  # (B, T) int64, the next tokens
     x: torch.Tensor | None = None  # (B, T, D) the residual stream after the last layer
@@ -287,11 +293,13 @@ class Trace:
 # labels: (trace, route) -> (B, T), the larger, the more full is worth at the route's layer. A label can read the
 # trace's model, config, context, targets and dense_x, and the route's layer, scores, mask, x and h.
 
-LABELS = Registry("oracle")
+LABELS = Registry("oracle")  # the key --oracle names one
 
 
 class Label:
-    suffix = None  # the mode in which the layers after the labelled one run, for the count of FLOPs
+    # The mode in which a SuffixLabel runs the layers after its own; the count of FLOPs reads it too. None: they do
+    # not run.
+    suffix = None
 
     def __call__(self, trace, route):
         raise NotImplementedError
@@ -402,11 +410,12 @@ class JEPALoss(Loss):
     needs = "outcomes"
 
     def __call__(self, trace):
-        return mean(alignment(r.prediction, r.outcomes).mean() for r in trace.routes)
+        return mean(cosine_distance(r.prediction, r.outcomes).mean() for r in trace.routes)
 
 
-def alignment(prediction, outcomes):
-    """(B, T, 2, d) twice -> (B,). An outcome of zero norm is left out: cheap starts at zero."""
+def cosine_distance(prediction, outcomes):
+    """1 - cosine, a mean over a row's outcomes: (B, T, 2, d) twice -> (B,). An outcome of zero norm is left out:
+    cheap starts at zero."""
     present = outcomes.square().sum(-1) > 0  # (B, T, 2)
     distance = 1 - F.cosine_similarity(prediction.float(), outcomes, dim=-1)
     return (distance * present).sum((1, 2)) / present.sum((1, 2)).clamp_min(1)

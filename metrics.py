@@ -286,7 +286,7 @@ def ledger(model, config):
     Returns {"train": {item: (forward, backward)}, "inference": {item: forward}, "forward", "backward",
     "inference_flops", "dense_forward": their sums and those of a full-only forward, and three ratios:
     forward_proxy (what training executes forward over a full-only forward, the paper's reading), train_ratio
-    (over a dense training step) and inference_ratio; "causal_attention": attention with half of the T^2}."""
+    (over a dense training step) and inference_ratio}."""
     c, costs = model.config, unit_costs(model.config)
     dense_forward = c.n_layer * (costs["attention"] + costs["full"]) + costs["head"]
     train, inference = {}, {}
@@ -304,8 +304,7 @@ def ledger(model, config):
     return {"train": train, "inference": {k: f for k, (f, _) in inference.items()}, "forward": forward,
             "backward": backward, "forward_proxy": forward / dense_forward,
             "train_ratio": (forward + backward) / (3 * dense_forward), "inference_flops": served,
-            "inference_ratio": served / dense_forward, "dense_forward": dense_forward,
-            "causal_attention": c.n_layer * (costs["attention"] - costs["products"] / 2)}
+            "inference_ratio": served / dense_forward, "dense_forward": dense_forward}
 
 
 def unit_costs(c):

@@ -127,7 +127,7 @@ class FFN(nn.Module):
     def __init__(self, config, hidden, activation, bias):
         super().__init__()
         self.activation = activation
-        inputs = 2 if activation == "swiglu" else 1  # a gate and a value, in one product
+        inputs = 2 if activation == "swiglu" else 1  # SwiGLU's own gate and its value, in one product
         self.c_fc = nn.Linear(config.n_embd, inputs * hidden, bias=bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=bias)
 
@@ -149,7 +149,7 @@ class Block(nn.Module):
         self.mlp = FFN(config, config.n_inner, config.activation, config.bias)
         self.controlled = layer in config.controlled
         if self.controlled:
-            # The same nonlinearity; swiglu without its gate is silu.
+            # The same nonlinearity; swiglu without the gate of its own is silu.
             activation = "silu" if config.activation == "swiglu" else config.activation
             self.cheap = FFN(config, config.cheap_rank, activation, bias=True)
             self.gate = GATES[config.gate](config, layer)
@@ -210,12 +210,13 @@ class Block(nn.Module):
 
     # The fast way to the same result. What runs on which tokens depends on who calls:
     #
-    #   who calls                                  full                          cheap
-    #   training, ste_norm or ste (both_paths)     forward on all tokens,        forward and backward on all
-    #                                              backward on its own alone
-    #   training, scaled or hard (own_paths)       on its own tokens             on its own; scaled: on all
-    #   evaluation, label passes (own_paths)       forward on its own tokens     forward on its own; scaled: on all
-    #   decoding one token (one_token)             only if the token goes full   only if it goes cheap, or scaled
+    #   who calls                                full                           cheap
+    #   training, ste_norm or ste; jepa          forward on all tokens,         forward and backward on all
+    #     (both_paths)                             backward on its own alone
+    #   training, scaled or hard without jepa;   on its own tokens              on its own; scaled: on all
+    #     random and static (own_paths)
+    #   evaluation, label passes (own_paths)     forward on its own tokens      forward on its own; scaled: on all
+    #   decoding one token (one_token)           only if the token goes full    only if it goes cheap, or scaled
     #
     # So under the default estimator training saves the backward pass of the frozen full FFN on cheap tokens, and
     # nothing else: the gradient of w is of (full - cheap), which needs both outputs everywhere.
@@ -231,12 +232,12 @@ class Block(nn.Module):
             return self.both_paths(h, scores, mask, order[:n], want_outcomes)
         return self.own_paths(h, scores, mask, order, n), None
 
-    def both_paths(self, h, scores, mask, full_tokens, want_outcomes):
-        """Both FFNs on every token. full_tokens (n,): their places in B * T. On the others w is 0, so the
-        gradient that full sends to h is 0 too, and it is not computed."""
+    def both_paths(self, h, scores, mask, chosen, want_outcomes):
+        """Both FFNs on every token. chosen (n,): the places of the full tokens in B * T. On the others w is 0, so
+        the gradient that full sends to h is 0 too, and it is not computed."""
         shape, h = h.shape, in_compute_dtype(h, self.mlp.c_fc.weight).flatten(0, 1)  # (B * T, D)
         w = self.estimator(scores, mask).view(-1, 1)  # (B * T, 1)
-        full, cheap = ffn_at(self.mlp, h, full_tokens), self.cheap(h)  # (B * T, D) each
+        full, cheap = ffn_at(self.mlp, h, chosen), self.cheap(h)  # (B * T, D) each
         outcomes = self.gate.outcomes(full.view(shape), cheap.view(shape)) if want_outcomes else None
         return (w * full + (1 - w) * cheap).view(shape), outcomes
 
@@ -396,7 +397,11 @@ class GPT(nn.Module):
     def set_budget(self, budget, order=None):
         """Give every controlled layer the budget. With an order of choose_layers: hand the same total out in
         whole layers, and what is left to the next one."""
-        left = budget * len(self.config.controlled)
-        for layer in order or self.config.controlled:
-            self.h[layer].budget = budget if order is None else min(1.0, max(0.0, left))
+        if order is None:
+            for layer in self.config.controlled:
+                self.h[layer].budget = budget
+            return
+        left = budget * len(order)
+        for layer in order:
+            self.h[layer].budget = min(1.0, max(0.0, left))
             left -= 1

@@ -2,7 +2,6 @@
 
 gap_closed     how much of the gap each arm closes, one dot a seed
 curves         validation loss over steps, and over training FLOPs
-cost_quality   what a run costs against what it reaches
 gates          inside the gates: their scores, their gradients, what predictors are worth
 budget_curves  one checkpoint at other budgets
 serving        loss, KL and agreement with the dense model, against tokens per second and against FLOPs
@@ -86,21 +85,6 @@ def curves(path, arms):
     describe(axes[0], "step", "val LM", **room)
     describe(axes[1], "training FLOPs, in steps of the dense model", **room)
     legend_beside(axes[1])
-    save(figure, path)
-
-
-def cost_quality(path, arms, named):
-    """arms {arm: [(training FLOPs in dense steps, test loss) of each seed]}; named: those that get a colour and
-    a line of the legend."""
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for arm, points in arms.items():
-        if arm not in named:
-            axis.plot(*zip(*points), "o", ms=3, color="0.75", zorder=1, label="others")
-    for i, arm in enumerate(named):
-        axis.plot(*zip(*arms[arm]), "osD"[i // 10 % 3], ms=5, alpha=0.8, color=f"C{i % 10}", label=arm)
-    describe(axis, "training FLOPs of the whole run, in steps of the dense model", "test LM, threshold",
-             xlim=(0, None))
-    legend_beside(axis)
     save(figure, path)
 
 

@@ -38,7 +38,7 @@ CONTROLLERS_ONLY = {"controlled", "cheap_rank", "gate", "g1_hidden", "latent", "
                     "budget_fall", "oracle", "label_target", "label_layers", "label_share", "gate_lr",
                     "backbone_seed", "backbone_iters", "backbone_long_iters", "backbone_lr", "backbone_muon_lr",
                     "backbone_batch_size"}
-# The files that decide what a run computes.
+# The files that decide what a training computes.
 METHOD = ("kernels.py", "gates.py", "model.py", "encoding.py", "prepare.py", "optim.py", "run.py", "train.py")
 
 
@@ -573,10 +573,8 @@ def load_run(folder, overrides=None, name="ckpt.pt", plugins=()):
     and its backbone are needed, and no data. overrides: keys of the machine. plugins: in place of its own."""
     checkpoint = read_checkpoint(folder, name)
     record = checkpoint["record"]
-    for path in plugins or record["config"]["plugin"]:
-        load_plugin(path)
-    if sorted(PLUGINS[os.path.abspath(path)] for path in plugins or record["config"]["plugin"]) \
-            != sorted(record["plugins"].values()):
+    paths = [load_plugin(path) for path in plugins or record["config"]["plugin"]]
+    if sorted(PLUGINS[path] for path in paths) != sorted(record["plugins"].values()):
         raise ConfigError(f"the plugin has changed since {folder} was trained; its text stands in config.json")
     machine = Machine({**record["config"], "device": "auto", "dtype": "auto", "threads": 0, **(overrides or {})})
     say_if_other_code(record, folder, machine)

@@ -2,7 +2,7 @@
 
     python study.py                                        the default arms, seeds 0,1,2, at tiny scale
     python study.py --arms=best,static --seeds=0,1,2,3,4   recipes of config/ and lines of config/arms.ini
-    python study.py --arms=map                             a set: default, paper, map, teacher, all
+    python study.py --arms=map                             a set: default, paper, map, teacher
     python study.py --plugin=my_gate.py --arms=my_gate,static,best    your own gate is an arm by its name
     python study.py config/web.py --max_iters=1200 --study=long       scale files and keys are for every arm
     python study.py --report=results/tiny                  put the finished runs into that folder's report
@@ -56,7 +56,7 @@ def both(*endings):
 
 REFERENCES = ["cheap_only", "full_adapter"]
 DEFAULT = ["random", "static", *both("no_utilrank", "full_aux"), "best"]
-SETS = {  # names for --arms=, and `all` besides
+SETS = {  # names for --arms=
     "default": DEFAULT,
     # the paper's claims
     "paper": [*DEFAULT, *both("shuffled", "scaled", "scaled_full_aux", "on_policy"),
@@ -117,10 +117,10 @@ def resolve(text, words):
     """--arms=... -> the names of the arms, each once, behind the references that they need."""
     known, arms = all_arms(), []
     for name in text.split(","):
-        if name not in (*known, *SETS, "all"):
+        if name not in (*known, *SETS):
             raise ConfigError(f"--arms names {name!r}, which is no recipe of config/, no line of config/arms.ini "
-                              f"and no gate of a plugin; {did_you_mean(name, [*known, *SETS, 'all'])}")
-        arms += known if name == "all" else SETS.get(name, [name])
+                              f"and no gate of a plugin; {did_you_mean(name, [*known, *SETS])}")
+        arms += SETS.get(name, [name])
     configs = [train.configure_run(arm_command(arm, words))[0] for arm in arms]
     references = [name for config in configs for name in references_of(config)]
     return list(dict.fromkeys([*REFERENCES, *references, *arms]))
@@ -273,8 +273,7 @@ def rounded(value, digits):
 def finished_records(folder):
     """The records of the finished runs <folder>/<arm>/seed<k>."""
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "seed*", "summary.json")))
-    records = {os.path.dirname(path): make_record(os.path.dirname(path)) for path in paths}
-    return [r for path, r in records.items() if path.endswith(os.path.join(r["arm"], f"seed{r['seed']}"))]
+    return [make_record(os.path.dirname(path)) for path in paths]
 
 
 def read_records(folder):
@@ -354,7 +353,7 @@ def measure(record, runs):
     test = causal(record["test"])
     values = {"test_loss": test["loss"], "val_loss": record["val"], "best_loss": min(losses),
               "average_loss": statistics.fmean(losses), "early_average_loss": statistics.fmean(early or losses),
-              "train_flops": steps * flops["train_ratio"], **flops}
+              **flops}
     values |= {key: test[key] for key in ("kl", "agreement") if key in test}
     values |= {key: record[key] for key in ("realised", "score_gradient") if key in record}
     if record["predictor"]:
@@ -620,18 +619,14 @@ def pictures(group, folder, main):
     wanted = [("curves", "Validation loss, one line a seed", {arm: group.records(arm) for arm in curved})]
     if main:
         gaps = {arm: list(group.values(arm, "gap").values()) for arm in group.arms if group.values(arm, "gap")}
-        points = {arm: list(zip(group.values(arm, "train_flops").values(), group.values(arm, "test_loss").values()))
-                  for arm in group.arms}
-        named = [arm for arm in group.arms if arm in (*usual, *REFERENCES)]
         gated = [arm for arm in group.arms if arm in (*usual[2:], *both("scaled", "ste"))]
         wanted += [("gap_closed", "Gap closed on test, one dot a seed", gaps),
-                   ("cost_quality", "What a run costs, and what it reaches", points, named),
                    ("gates", "Inside the gates, one line a seed", {arm: group.records(arm) for arm in gated})]
     lines = []
-    for kind, caption, arms, *more in wanted:
+    for kind, caption, arms in wanted:
         if arms:
             name = f"{kind}_{re.sub(r'[^0-9A-Za-z]+', '_', group.title.replace(',', ''))}.png"
-            getattr(plots, kind)(os.path.join(folder, name), arms, *more)
+            getattr(plots, kind)(os.path.join(folder, name), arms)
             lines.append(f"![{caption}]({name})")
     return lines
 

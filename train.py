@@ -26,9 +26,8 @@ from machine import Machine, catch_signals, compile_layers
 from metrics import StepLog
 from prepare import eval_batch, get_batch, load_data
 from run import (backbone_config, backbone_folder, check_config, check_finite, check_finite_evaluation,
-                 check_first_step, data_of_run,
-                 fill_in_shape, load_run, open_data, open_run, recalibrate, refuse_differences,
-                 refuse_other_tokenizer, refuse_taken_folder, run_folder, save, weights_hash, write_json)
+                 check_first_step, data_of_run, fill_in_shape, load_run, open_data, open_run, recalibrate,
+                 refuse_differences, refuse_other_tokenizer, refuse_taken_folder, run_folder, save, write_json)
 
 DEFAULTS = dict(
     # the run; by default the scale `tiny` and the recipe `g3_full_aux`
@@ -61,16 +60,16 @@ DEFAULTS = dict(
     lambda_util=1.0, lambda_rank=1.0,  # what labels teach: regression, and order of pairs
     lambda_anchor=0.0,  # a row's mean score, squared
     # the labels
-    oracle="off_policy",  # how the layers after the labelled one run: off_policy (full) or on_policy (routed)
+    oracle="off_policy",  # which label: off_policy (the later layers full), on_policy (routed), or one of your own
     label_target="next",  # a label's loss is against: next (the token that came) or dense (the dense model)
     label_layers=1,  # how many controlled layers, chosen afresh, get labels in a step; at most all
     label_share=1.0,  # the share of a batch's rows that gets them
-    # optimisation: AdamW, linear warmup, cosine to min_lr_ratio
+    # optimisation: AdamW; a cosine to min_lr_ratio, times a linear warmup
     max_iters=150, warmup_iters=20,
     batch_size=16, gradient_accumulation_steps=1,  # rows over all processes
     learning_rate=3e-2,  # of the cheap FFNs, or of the backbone
     gate_lr=3e-3,
-    muon_lr=0.0,  # of the matrices of attention and FFNs, by Muon; 0 leaves them to AdamW
+    muon_lr=0.0,  # by Muon, of those matrices of attention and FFNs that train; 0 leaves them to AdamW
     min_lr_ratio=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0,
     backbone_iters=300, backbone_long_iters=2_400, backbone_lr=1e-2, backbone_muon_lr=1e-2,
     backbone_batch_size=16,  # what config/backbone.py and backbone_long.py read
@@ -106,12 +105,13 @@ def forward_pass(model, config, losses, batch, labelled):
     # The layers before the first controlled one, where nothing routes yet.
     x, _ = model.run(model.embed(context), config["mode"], context, end=first)
     # What the dense model makes of the batch.
-    if "distill" in losses or (labelled and config["label_target"] == "dense"):
+    needs = {loss.needs for loss in losses.values()}
+    if "dense_x" in needs or (labelled and config["label_target"] == "dense"):
         with torch.no_grad():
             trace.dense_x, _ = model.run(x, "full", context, first)
     # The routed layers.
     trace.x, trace.routes = model.run(x, config["mode"], context, first, keep=labelled,
-                                      want_outcomes="jepa" in losses)
+                                      want_outcomes="outcomes" in needs)
     for route in trace.routes:
         if route.scores.requires_grad:
             route.scores.retain_grad()  # its norm is logged
@@ -152,7 +152,7 @@ def train_step(run, logged):
         if logged or machine.device == "cpu":  # looking at a number waits for a GPU
             check_finite(trace, losses, run.step)
         loss = sum(config[f"lambda_{name}"] * value for name, value in losses.items())
-        # The gradient is a mean over all slices of all processes. jepa's own is logged from the same graph.
+        # A mean over all slices of all processes. The logger takes the gradient of jepa alone from the same graph.
         (loss / slices).backward(retain_graph=logged and "jepa" in losses)
         with machine.autocast():
             log.add(trace, losses)
@@ -171,7 +171,7 @@ def train_step(run, logged):
 
 
 def schedule(config, step):
-    """The learning rate's share of its peak: linear warmup, then a cosine to min_lr_ratio."""
+    """The learning rate's share of its peak: a cosine from step 0 down to min_lr_ratio, times a linear warmup."""
     warm = min(1.0, (step + 1) / max(1, config["warmup_iters"]))
     least, cosine = config["min_lr_ratio"], 0.5 * (1 + math.cos(math.pi * step / config["max_iters"]))
     return warm * (least + (1 - least) * cosine)
@@ -189,7 +189,9 @@ def budget_at(config, step):
 
 def train(config, defaults, machine, backbone=None):
     """Run or resume one training -> its summary. backbone: the frozen model, None for a run that makes one."""
-    run = open_run(config, defaults, machine, backbone)  # data, model, optimizers, and what was resumed
+    # Data; the model, of which only the controllers are not frozen (run.trained); AdamW and Muon over those; the
+    # losses that apply; and whatever an earlier start of the same command has left.
+    run = open_run(config, defaults, machine, backbone)
     if run.summary:
         machine.print(f"{run.folder} is finished already; --overwrite runs it again")
         return run.summary
@@ -232,7 +234,9 @@ def train(config, defaults, machine, backbone=None):
         if routed and config["budget_fall"]:
             run.model.set_budget(budget_at(config, run.step), run.layer_order)
         logged = run.step % config["log_interval"] == 0
-        values = as_numbers(train_step(run, logged)) if logged else train_step(run, logged)
+        values = train_step(run, logged)
+        if logged:
+            values = as_numbers(values)  # this waits for a GPU
         run.step += 1
         run.seconds += time.time() - began
 

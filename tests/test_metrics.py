@@ -125,8 +125,6 @@ def test_ledger_ratios_are_against_a_full_only_forward_and_the_dense_step():
     total = sum(f + b for f, b in book["train"].values())
     assert book["train_ratio"] == pytest.approx(total / (dense["forward"] + dense["backward"]))
     assert set(book["train"]) == {"attention", "full", "cheap", "gate", "target_head", "lm_head", "dense", "labels"}
-    half_of_the_products = 5 * 2 * 16 * 32
-    assert book["causal_attention"] == book["inference"]["attention"] - half_of_the_products
     for i in (1, 2, 4):
         model.h[i].budget = 0.5
     assert ledger(model, config) == ledger_of(config, model.config)  # by shapes alone
