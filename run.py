@@ -426,11 +426,13 @@ class Run:
 
 def open_data(config, machine):
     """({split: token ids}, meta); the embedded text is made on first use."""
-    if config["dataset"] == "stdlib" and not os.path.isdir(os.path.join("data", "stdlib")):
-        machine.print("no data/stdlib yet: making it from the English inside CPython")
-        if machine.main:
-            prepare()
-        machine.barrier()
+    folder = os.path.join("data", "stdlib")
+    if config["dataset"] == "stdlib" and not os.path.isdir(folder):
+        machine.print(f"no {folder} yet: making it from the English inside CPython")
+        os.makedirs("data", exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # of several processes one makes it
+            if not os.path.isdir(folder):
+                prepare()
     data, meta = load_data(config["dataset"], config["block_size"])
     spare = config["vocab_size"] - meta["vocab_size"]
     if config["vocab_size"] and not 0 <= spare < 1024:  # a padded vocabulary has a few ids to spare
