@@ -17,7 +17,7 @@ The contract. A gate is one class and one line, in a file of your own (`--plugin
   position of the first of them; `context.noise(layer)` (B, T), uniform numbers that repeat under resume,
   several processes and a KV cache.
 - It returns (scores, prediction). Scores are (B, T): the higher, the more full is worth. A token's score
-  depends on its own h, id and position alone, because decoding sees one token at a time.
+  depends on its own h, id, position and noise alone, because decoding sees one token at a time.
 - `prediction` is None, or the predicted outcomes (B, T, 2, d) of [full, cheap]. A gate that predicts says
   `predicts = True` and has `outcomes(full, cheap)`, the real ones to compare them with: see JEPAGate.
 - `learned = False` says that no gradient reaches the scores.
@@ -25,8 +25,9 @@ The contract. A gate is one class and one line, in a file of your own (`--plugin
 
 The tests run over every registered gate: `python -m pytest test_routing.py --plugin=my_gate.py`.
 
-After the gates come the selection, the estimators, the labels and the losses, in the order in which training
-uses them. Each has a registry and is added like a gate: a small class with a few attributes and __call__.
+After the gates come the selection, the estimators, what a forward pass leaves, the labels and the losses, in the
+order in which training uses them. Estimators, labels and losses have registries and are added like a gate: a small
+class with a few attributes and __call__.
 Everywhere a pair of the two actions stands in the order [full, cheap].
 """
 import math
@@ -181,7 +182,8 @@ def threshold_for(scores, budget):
 
 # -----------------------------------------------------------------------------
 # estimators: (scores, mask), both (B, T) -> the route weight w (B, T) float32. The layer's output is w * full +
-# (1 - w) * cheap, so the gradient of w, by which the loss teaches the scores, is of (full - cheap).
+# (1 - w) * cheap, so dL/dw of a token is the inner product of dL/d(output) with (full - cheap). This is what teaches
+# the scores, and why both outputs are needed wherever w has a gradient.
 
 ESTIMATORS = Registry("estimator")
 

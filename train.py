@@ -47,7 +47,7 @@ DEFAULTS = dict(
     positions="learned", rope_theta=10_000.0,  # or rotary
     bias=True, tied_head=True,
     # the routed layers
-    controlled=[1, 2, 3, 4, 5],  # which layers route, from 0; []: all but the first and the last
+    controlled=[1, 2, 3, 4, 5],  # which layers route, from 0; []: all but the first and the last (mode=full: none)
     cheap_rank=16, gate="g3", g1_hidden=47, latent=16,
     estimator="ste_norm",  # how the LM loss reaches the scores: see gates.ESTIMATORS
     execution="gathered",  # the fast way; masked is the plain one, with both FFNs on every token
