@@ -14,7 +14,6 @@ better; a time how many times as long, so less is better. A limit is what the fi
 (counted by metrics.ledger), or every byte, took the same time in both.
 """
 import contextlib
-import glob
 import importlib.util
 import io
 import os
@@ -23,8 +22,8 @@ import sys
 import time
 from functools import cached_property, partial
 
-from configurator import (HERE, ConfigError, arm_words, configure, did_you_mean, exit_on_error, read_arms,
-                          read_file, show_help_if_asked)
+from configurator import (ConfigError, arm_words, configure, did_you_mean, exit_on_error, read_arms, recipes,
+                          show_help_if_asked)
 
 import numpy as np
 import torch
@@ -342,9 +341,7 @@ def ledger_rows(bench):
     yield (f"\nFLOPs per token at T = {bench.config['block_size']}. Forward: what training executes forward / a "
           "dense forward. Step: a training step / a dense one. Inference: / a dense forward. Items: forward + "
           "backward, MFLOP a token.\n\n| arm | forward | step | inference | items |\n|---|---|---|---|---|")
-    paths = sorted(glob.glob(os.path.join(glob.escape(HERE), "config", "*.py")))
-    recipes = [path for path in paths if "recipe" in read_file(path, bench.config, bench.config)[1]]
-    for arm in [os.path.basename(path)[:-3] for path in recipes] + list(read_arms()):
+    for arm in [*recipes(bench.config), *read_arms()]:
         costs = bench.ledger(bench.arm(arm))
         ratios = " | ".join(f"{costs[key]:.3f}" for key in ("forward_proxy", "train_ratio", "inference_ratio"))
         items = ", ".join(f"{name} {f / 1e6:.3g} + {b / 1e6:.3g}" for name, (f, b) in costs["train"].items())

@@ -12,6 +12,7 @@ import ast
 import configparser
 import copy
 import difflib
+import glob
 import importlib.util
 import math
 import os
@@ -256,6 +257,16 @@ def read_arms():
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(os.path.join(HERE, "config", "arms.ini"), encoding="utf-8")
     return {name: line.split() for name, line in parser["arms"].items()}
+
+
+def recipes(defaults):
+    """{name: its config} of the files of config/ that set a recipe."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(HERE), "config", "*.py"))):
+        config, keys = read_file(path, defaults, defaults)
+        if "recipe" in keys:
+            found[os.path.basename(path)[:-3]] = config
+    return found
 
 
 def arm_words(arm):

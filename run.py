@@ -7,12 +7,10 @@ config is refused with the keys that differ, another process by a lock.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import warnings
 from dataclasses import dataclass, field
 
@@ -51,8 +49,7 @@ AT_LEAST_1 = ("n_layer", "n_head", "n_embd", "block_size", "cheap_rank", "g1_hid
 AT_LEAST_0 = ("seed", "backbone_seed", "threads", "warmup_iters", "learning_rate", "gate_lr", "muon_lr",
               "weight_decay", "grad_clip", "backbone_lr", "backbone_muon_lr", "n_kv_head", "n_inner", "vocab_size")
 SHARES = ("budget", "budget_fall", "label_share", "min_lr_ratio", "beta1", "beta2")
-CHOICES = {"gate": GATES, "activation": ACTIVATIONS, "estimator": ESTIMATORS, "oracle": LABELS,
-           "label_target": ("next", "dense"), "mode": ("full", "topk", "cheap", "adapter"),
+CHOICES = {"activation": ACTIVATIONS, "label_target": ("next", "dense"), "mode": ("full", "topk", "cheap", "adapter"),
            "norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rotary"),
            "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
            "execution": ("gathered", "masked")}
@@ -60,12 +57,11 @@ CHOICES = {"gate": GATES, "activation": ACTIVATIONS, "estimator": ESTIMATORS, "o
 
 def check_config(config):
     """Refuse what cannot run, with a line that names the value and the remedy -> config."""
+    for registry in (GATES, ESTIMATORS, LABELS):
+        registry[config[registry.kind]]  # a name that it lacks is refused there
     for key, names in CHOICES.items():
         if config[key] not in names:
-            hint = did_you_mean(config[key], names)
-            raise ConfigError(f"--{key}={config[key]!r} is unknown; {hint}"
-                              + ("; one of your own is loaded with --plugin=FILE" if names in
-                                 (GATES, ESTIMATORS, LABELS) else ""))
+            raise ConfigError(f"--{key}={config[key]!r} is unknown; {did_you_mean(config[key], names)}")
     lambdas = [key for key in config if key.startswith("lambda_")]
     for key in (*AT_LEAST_1, *AT_LEAST_0, *lambdas):
         least = 1 if key in AT_LEAST_1 else 0

@@ -30,7 +30,7 @@ from scipy.special import stdtrit
 import plots
 import train
 from configurator import (HERE, PLUGINS, ConfigError, arm_words, configure, did_you_mean, exit_on_error,
-                          load_plugins, read_arms, show_help_if_asked)
+                          load_plugins, read_arms, recipes, show_help_if_asked)
 from gates import ESTIMATORS, GATES, LABELS, LOSSES
 from machine import catch_signals, choose_device, cores
 from metrics import DEAD, causal, first_hits, gap_closed
@@ -78,12 +78,8 @@ SET_HERE = {"seed": "--seeds=0,1,2", "out_dir": "--study=NAME", "recipe": "--arm
 
 def all_arms():
     """Every arm there is: gates of plugins, recipes that train controllers, and the table."""
-    recipes = []
-    for path in sorted(glob.glob(os.path.join(HERE, "config", "*.py"))):
-        name, config = os.path.basename(path)[:-3], configure(train.DEFAULTS, [path])[0]
-        if config["recipe"] == name and config["mode"] != "full":
-            recipes.append(name)
-    return [*added_by_plugins(GATES), *recipes, *read_arms()]
+    trained = [name for name, config in recipes(train.DEFAULTS).items() if config["mode"] != "full"]
+    return [*added_by_plugins(GATES), *trained, *read_arms()]
 
 
 def added_by_plugins(*registries):

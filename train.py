@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from configurator import PLUGINS, ConfigError, configure, exit_on_error, load_plugins, show_help_if_asked
+from configurator import PLUGINS, configure, exit_on_error, load_plugins, show_help_if_asked
 
 import numpy as np
 import torch

@@ -1,5 +1,4 @@
 """bench.py: every row runs, what is timed as a step is train.py's step, and the limits mean what they say."""
-import json
 import os
 import subprocess
 import sys
