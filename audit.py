@@ -3,8 +3,9 @@
 labels    do the labels, and the scores that learn from them, say what flipping one token does?
 ceiling   what would a perfect gate reach with these cheap FFNs?
 budgets   what does one checkpoint lose at other budgets?
+serving   the same, with the speed of decoding beside it; asked only by name, and alone on the machine
 
-    python audit.py out/tiny/study/best/seed0                     all three, of one run or of several
+    python audit.py out/tiny/study/best/seed0                     the first three, of one run or of several
     python audit.py RUN RUN --report=results/tiny                 and put the answers into that folder's audit.md
     python audit.py RUN --ask=labels --layers=[1,14,28] --rows=2 --positions=4     a small sample of a large model
     python audit.py --report=results/tiny                         write audit.md again from its audit.json
@@ -14,6 +15,7 @@ Labels take two forward passes for each layer, position and way to go on, the ce
 import os
 import statistics
 import sys
+import time
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from gates import LABELS, Context, Trace, forced_branches, full_tokens, topk_mas
 from metrics import evaluate, ledger, progress, slices_of, spearman
 from prepare import eval_batch
 from run import data_of_run, load_run, read_json, recalibrate, write_json
+from sample import generate
 from study import group_key, group_title, table, write_pieces
 
 DEFAULTS = dict(
@@ -33,6 +36,7 @@ DEFAULTS = dict(
     rows=16, positions=24,  # of labels: rows of validation text, and positions that are flipped in each
     ceiling_rows=64,
     budgets=[0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0],
+    prompt=64, decoded=64, repeat=5,  # of serving: tokens read and tokens written; medians of so many
     report="",  # the folder of audit.json and audit.md; what stands there is not asked again
     threads=0,
 )
@@ -213,6 +217,40 @@ def budget_curve(folder, options):
     return curve
 
 
+def serving(folder, options):
+    """The points of budget_curve with "tokens_per_s", the speed of decoding behind a KV cache, and a last point, of
+    budget None, for the dense model. All are timed in turn, and medians are taken."""
+    curve = budget_curve(folder, options)
+    model, config, data, checkpoint, machine = load(folder, options)
+    thresholds = []
+    for point in curve:
+        recalibrate(model, folder, checkpoint, machine, point["budget"])
+        thresholds.append({layer: model.h[layer].threshold.clone() for layer in config["controlled"]})
+    val = eval_batch(data["val"], config, config["final_eval_iters"])
+    dense = evaluate(model, val, ["full"], machine)["full"]
+    curve.append({"budget": None, "realised": 1.0, "loss": dense["loss"], "kl": 0.0, "agreement": 1.0,
+                  "inference_ratio": 1.0})
+    prompt = val_rows(data, config, 1, machine).tokens[:, :options["prompt"]]  # (1, prompt)
+    seconds = [[] for _ in curve]
+    for _ in progress(range(options["repeat"]), f"{folder}: decoding, round"):
+        for taken, setting in zip(seconds, [*thresholds, None]):
+            for layer, threshold in (setting or {}).items():
+                model.h[layer].threshold.copy_(threshold)
+            taken.append(decoding_seconds(model, prompt, options["decoded"], "threshold" if setting else "full"))
+    for point, taken in zip(curve, seconds):
+        point["tokens_per_s"] = float(f"{options['decoded'] / statistics.median(taken):.4g}")
+    return curve
+
+
+def decoding_seconds(model, prompt, decoded, mode):
+    """The seconds that `decoded` tokens take after a prompt (1, n)."""
+    generator = torch.Generator(prompt.device).manual_seed(0)
+    for i, _ in enumerate(generate(model, prompt, decoded, mode, generator=generator)):
+        if i == prompt.size(1) - 1:  # the prompt has been read
+            began = time.perf_counter()
+    return time.perf_counter() - began
+
+
 # -----------------------------------------------------------------------------
 # audit.md
 
@@ -225,11 +263,14 @@ gate: what a perfect gate would reach with these cheap FFNs. The `dense` label i
 gate could know it; the `next` label has seen the answer. rho: the gate's scores with either label."""
 BUDGETS_ARE = """Validation loss under `threshold`, calibrated at each budget. In brackets, where they were measured,
 the KL from the dense model and how often both find the same token likeliest."""
+SERVING = ["run", "budget", "tokens/s", "inference FLOPs / dense", "val LM", "KL", "agreement"]
+SERVING_IS = """One checkpoint of each run under `threshold`, calibrated at each budget: validation loss, KL from the
+dense model and agreement with it, against the speed of decoding behind a KV cache. Medians, timed in turn with the
+dense model."""
 
 
 def write_audit(folder):
-    """Make <folder>/audit.md and its pictures from audit.json, and from serving.json, a list of rows as
-    plots.serving takes them."""
+    """Make <folder>/audit.md and its pictures from audit.json."""
     answers, page = read_json(os.path.join(folder, "audit.json")) or {}, ["# Questions to finished runs"]
     if answers.get("labels"):
         pairs = list(next(iter(answers["labels"].values())))
@@ -251,14 +292,19 @@ def write_audit(folder):
         head = ["run", *(f"{budget:.0%}" for budget in budgets)]
         page += ["## One checkpoint at other budgets", BUDGETS_ARE, table(head, rows),
                  "![other budgets](budget_curves.png)"]
-    serving = read_json(os.path.join(folder, "serving.json"))
-    if serving:
-        plots.serving(os.path.join(folder, "serving.png"), serving)
-        names = list(serving[0])
-        page += ["## Quality against speed",
-                 table(names, [[str(row[name]) for name in names] for row in serving]),
+    if answers.get("serving"):
+        plots.serving(os.path.join(folder, "serving.png"), answers["serving"])
+        rows = [serving_line(run, point) for run, points in answers["serving"].items() for point in points]
+        page += ["## Quality against speed", SERVING_IS, table(SERVING, rows),
                  "![quality against speed](serving.png)"]
     write_pieces(os.path.join(folder, "audit.md"), page)
+
+
+def serving_line(run, point):
+    dense = point["budget"] is None
+    name, budget = ("the dense model beside it", "-") if dense else (run, f"{point['budget']:.0%}")
+    return [name, budget, f"{point['tokens_per_s']:.1f}", f"{point['inference_ratio']:.3f}", f"{point['loss']:.3f}",
+            f"{point['kl']:.3f}", f"{point['agreement']:.0%}"]
 
 
 def budget_cell(point):
@@ -270,7 +316,7 @@ def budget_cell(point):
 # -----------------------------------------------------------------------------
 # the script
 
-QUESTIONS = {"labels": label_audit, "ceiling": ceiling, "budgets": budget_curve}
+QUESTIONS = {"labels": label_audit, "ceiling": ceiling, "budgets": budget_curve, "serving": serving}
 
 
 def run_title(folder, checkpoint):
@@ -288,8 +334,8 @@ def show(question, answer):
         for pair, found in answer.items():
             print(f"  {pair:34s}" + " ".join(f"{rho:+.2f}" for rho in found))
     else:
-        for row in answer if question == "budgets" else [answer]:
-            print("  " + ", ".join(f"{name} {value:g}" for name, value in row.items()))
+        for row in answer if isinstance(answer, list) else [answer]:
+            print("  " + ", ".join(f"{name} {value}" for name, value in row.items()))
 
 
 def main():

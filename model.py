@@ -135,6 +135,39 @@ class FFN(nn.Module):
         h = in_compute_dtype(h, self.c_fc.weight)
         return self.c_proj(activate(self.c_fc(h), self.activation))
 
+    def fit(self, h, y):
+        """Set the weights in closed form so that self(h) is near y; both (N, D) float32.
+
+        Every activation here has act(a) - act(-a) = a. So two units that read +a and -a make any linear map of a,
+        and `hidden` units make every linear map of rank hidden / 2. The first layer reads the directions of the
+        best such map from h to y (reduced-rank regression, Izenman 1975). The second is then a regression of y on
+        what the units put out."""
+        hidden, mean = self.c_fc.out_features, h.mean(0)
+        directions = best_directions(h - mean, y - y.mean(0), (hidden + 1) // 2)  # (D, k)
+        w_in = torch.cat([directions, -directions], dim=1)[:, :hidden].T  # (hidden, D)
+        self.c_fc.weight.copy_(w_in)
+        self.c_fc.bias.copy_(-(w_in @ mean))
+        units = activate(self.c_fc(h), self.activation)  # (N, hidden)
+        w_out = regression(torch.cat([units, torch.ones_like(units[:, :1])], dim=1), y)  # (hidden + 1, D)
+        self.c_proj.weight.copy_(w_out[:-1].T)
+        self.c_proj.bias.copy_(w_out[-1])
+
+
+def regression(x, y):
+    """The w (A, B) with the least ||x w - y||^2, x (N, A), y (N, B); a little ridge keeps it bounded."""
+    gram = x.T @ x
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+    return torch.linalg.solve(gram, x.T @ y)
+
+
+def best_directions(x, y, k):
+    """The k directions (A, k) of x (N, A) that predict y (N, B) best, so scaled that x has variance 1 along each:
+    the best w of rank k is regression(x, y) times the projection on the k main directions of its predictions."""
+    w = regression(x, y)
+    _, main = torch.linalg.eigh((x @ w).T @ (x @ w))  # in ascending order
+    directions = w @ main[:, -k:].flip(1)  # the main one first
+    return directions / (x @ directions).std(0).clamp_min(1e-6)
+
 
 # -----------------------------------------------------------------------------
 # the block
@@ -379,6 +412,24 @@ class GPT(nn.Module):
                 scores = [block.score(block.ln_2(x), part)[0] for x, part in zip(streams, parts)]
                 block.threshold.copy_(threshold_for(torch.cat(scores), block.budget))
             streams = [block.ffn_part(x, "threshold", part)[0] for x, part in zip(streams, parts)]
+
+    @torch.no_grad()
+    def fit_cheap(self, context, mode, rows=16, watch=iter):
+        """Start every cheap FFN near the full one of its layer (FFN.fit), on context.tokens (N, T), `rows` rows
+        at a time. The layers before it run under `mode` with the cheap FFNs that they have just been given: what
+        a routed model feeds a layer is not what the dense one does. watch: as in calibrate."""
+        parts = [Context(t, s) for t, s in zip(context.tokens.split(rows), context.row_seeds.split(rows))]
+        streams = [self.embed(part) for part in parts]
+        rotation = self.rotation_of(context)
+        for block in watch(self.h):
+            streams = [block.attention_part(x, rotation) for x in streams]
+            if block.controlled:
+                inputs = [block.ln_2(x) for x in streams]
+                outputs = [block.mlp(h) for h in inputs]
+                h, y = (torch.cat(part).flatten(0, 1).float() for part in (inputs, outputs))  # (N * T, D)
+                with no_autocast(h):
+                    block.cheap.fit(h, y)
+            streams = [block.ffn_part(x, mode, part)[0] for x, part in zip(streams, parts)]
 
     @torch.no_grad()
     def choose_layers(self, context, targets, watch=iter):

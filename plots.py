@@ -122,21 +122,22 @@ def budget_curves(path, curves):
     save(figure, path)
 
 
-def serving(path, rows):
-    """rows: [{"name", "budget", "loss", "kl", "agreement", "tokens_per_s", "inference_ratio"}]; the budgets of one
-    name are joined, a name with one row, such as the dense model, is a dot."""
+def serving(path, curves):
+    """curves {run: points as audit.serving gives them}. The budgets of a run are joined; a dot is a dense model."""
     figure, axes = plt.subplots(2, 3, sharey="col", sharex="row", figsize=(11, 6), layout="constrained")
-    names = dict.fromkeys(row["name"] for row in rows)
     costs = {"tokens_per_s": "tokens/s, decoding", "inference_ratio": "inference FLOPs / dense"}
     values = {"loss": "LM loss", "kl": "KL(dense || routed)", "agreement": "agreement with the dense model"}
     for line_of_axes, (cost, cost_label) in zip(axes, costs.items()):
         for axis, (value, label) in zip(line_of_axes, values.items()):
-            for i, name in enumerate(names):
-                own = sorted((row for row in rows if row["name"] == name), key=lambda row: row["budget"])
-                axis.plot([row[cost] for row in own], [row[value] for row in own], "o-", ms=4, lw=1,
-                          color=f"C{i % 10}", label=name)
-                for row in own[:len(own) * (i == 0)]:  # the budgets of the first name, which is the subject
-                    axis.annotate(f"{row['budget']:.0%}", (row[cost], row[value]), (3, 3), fontsize=6,
+            for i, (run, points) in enumerate(curves.items()):
+                routed = sorted((p for p in points if p["budget"] is not None), key=lambda p: p["budget"])
+                dense = [p for p in points if p["budget"] is None]
+                axis.plot([p[cost] for p in routed], [p[value] for p in routed], "o-", ms=4, lw=1,
+                          color=f"C{i % 10}", label=run)
+                axis.plot([p[cost] for p in dense], [p[value] for p in dense], "k*",
+                          label="dense" if i == 0 else None)
+                for p in routed[:len(routed) * (i == 0)]:  # the budgets of the first run, which is the subject
+                    axis.annotate(f"{p['budget']:.0%}", (p[cost], p[value]), (3, 3), fontsize=6,
                                   textcoords="offset points")
             describe(axis, cost_label, label)
     legend_beside(axes[0, -1])

@@ -32,10 +32,10 @@ NO_NUMBER = {"overwrite", "eval_only", "log_interval", "eval_interval", "keep_ch
              "dataset", "backbone"}
 # Keys that no dense model reads. All others, those of config/backbone.py before them, decide what is the same
 # backbone.
-CONTROLLERS_ONLY = {"controlled", "cheap_rank", "gate", "g1_hidden", "latent", "estimator", "execution", "budget",
-                    "budget_fall", "oracle", "label_target", "label_layers", "label_share", "gate_lr",
-                    "backbone_seed", "backbone_iters", "backbone_long_iters", "backbone_lr", "backbone_muon_lr",
-                    "backbone_batch_size"}
+CONTROLLERS_ONLY = {"controlled", "cheap_rank", "cheap_start", "gate", "g1_hidden", "latent", "estimator",
+                    "execution", "budget", "budget_fall", "oracle", "label_target", "label_layers", "label_share",
+                    "gate_lr", "backbone_seed", "backbone_iters", "backbone_long_iters", "backbone_lr",
+                    "backbone_muon_lr", "backbone_batch_size"}
 # The files that decide what a training computes.
 METHOD = ("kernels.py", "gates.py", "model.py", "encoding.py", "prepare.py", "optim.py", "run.py", "train.py")
 
@@ -50,7 +50,7 @@ AT_LEAST_0 = ("seed", "backbone_seed", "threads", "warmup_iters", "learning_rate
               "weight_decay", "grad_clip", "backbone_lr", "backbone_muon_lr", "n_kv_head", "n_inner", "vocab_size")
 SHARES = ("budget", "budget_fall", "label_share", "min_lr_ratio", "beta1", "beta2")
 CHOICES = {"activation": ACTIVATIONS, "label_target": ("next", "dense"), "mode": ("full", "topk", "cheap", "adapter"),
-           "norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rotary"),
+           "cheap_start": ("zero", "fitted"), "norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rotary"),
            "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
            "execution": ("gathered", "masked")}
 
@@ -91,6 +91,8 @@ def check_controllers(config):
     if config["latent"] > config["n_embd"]:
         raise ConfigError(f"--latent={config['latent']} is larger than --n_embd={config['n_embd']}; the target "
                           "head needs latent <= n_embd")
+    if config["mode"] == "adapter" and config["cheap_start"] == "fitted":
+        raise ConfigError("--cheap_start='fitted' with --mode='adapter' would add two full FFNs up; leave it out")
     losses = active_losses(config)
     if not any(loss.needs in ("x", "dense_x") for loss in losses.values()):
         raise ConfigError("no loss trains the cheap FFNs; give --lambda_lm or --lambda_distill")

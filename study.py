@@ -104,9 +104,11 @@ def arm_command(arm, words):
 
 def references_of(config):
     """The names of the all-cheap and the dense reference that are trained as a config says: to predict what
-    the dense model predicts, by Muon, both or neither."""
+    the dense model predicts, by Muon, from fitted cheap FFNs. The dense one has no use for the last: it adds
+    the cheap FFNs to the full ones."""
     ending = "_distill" * (config["lambda_distill"] > 0) + "_muon" * (config["muon_lr"] > 0)
-    return [f"{name}{ending}" for name in REFERENCES]
+    fitted = "_fitted" * (config.get("cheap_start") == "fitted")  # a record may be older than the key
+    return [f"{REFERENCES[0]}{ending}{fitted}", f"{REFERENCES[1]}{ending}"]
 
 
 def resolve(text, words):
@@ -197,8 +199,8 @@ def last_line(folder):
 GROUP_KEYS = ("scale", "max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "cheap_rank",
               "controlled", "backbone_seed")
 # What tells the arms of a group apart, and every lambda.
-ARM_KEYS = ("gate", "mode", "estimator", "budget", "budget_fall", "oracle", "label_target", "label_layers",
-            "label_share", "gate_lr", "learning_rate", "muon_lr", "g1_hidden", "latent")
+ARM_KEYS = ("gate", "mode", "estimator", "budget", "budget_fall", "cheap_start", "oracle", "label_target",
+            "label_layers", "label_share", "gate_lr", "learning_rate", "muon_lr", "g1_hidden", "latent")
 LOGGED_POINTS = 30  # of a run's logged steps
 
 

@@ -49,6 +49,7 @@ DEFAULTS = dict(
     # the routed layers
     controlled=[1, 2, 3, 4, 5],  # which layers route, from 0; []: all but the first and the last (mode=full: none)
     cheap_rank=16, gate="g3", g1_hidden=47, latent=16,
+    cheap_start="zero",  # how the cheap FFNs start: zero, or fitted to the full ones in closed form
     estimator="ste_norm",  # how the LM loss reaches the scores: see gates.ESTIMATORS
     execution="gathered",  # the fast way; masked is the plain one, with both FFNs on every token
     budget=0.5,  # the share of tokens that goes full
@@ -198,6 +199,8 @@ def train(config, defaults, machine, backbone=None):
     if config["compile"]:
         compile_layers(run.model)
     caught = catch_signals()
+    if run.step == 0 and config["cheap_start"] == "fitted":
+        fit_cheap(run)
     val = eval_batch(run.data["val"], config, config["eval_iters"])
     routed, logged_at = config["mode"] == "topk", (run.step, run.seconds)
 
@@ -279,6 +282,14 @@ def as_numbers(value):
     if isinstance(value, dict):
         return {key: as_numbers(v) for key, v in value.items()}
     return value
+
+
+def fit_cheap(run):
+    """Start the cheap FFNs near the full ones, by training text."""
+    batch = eval_batch(run.data["train"], run.config, run.config["final_eval_iters"]).to(run.machine.device)
+    with run.machine.autocast():
+        run.model.fit_cheap(Context(batch.tokens, batch.row_seeds), run.config["mode"],
+                            watch=lambda layers: metrics.progress(layers, "fitting cheap FFNs, layer"))
 
 
 def choose_static_layers(run):

@@ -199,8 +199,18 @@ def test_the_budget_curve_goes_through_the_loss_of_the_run(place, monkeypatch, a
     assert (points[0]["realised"], points[1]["realised"], points[1]["agreement"]) == (0, 1, 1)
 
 
+def test_serving_is_the_budget_curve_with_speeds_and_the_dense_model(done):
+    options = OPTIONS | {"budgets": [0.5, 1.0], "prompt": 4, "decoded": 3, "repeat": 2}
+    *points, dense = audit.serving(RUN, options)
+    curve = audit.budget_curve(RUN, options)
+    assert [{key: value for key, value in p.items() if key != "tokens_per_s"} for p in points] == curve
+    assert dense["budget"] is None and dense["loss"] == pytest.approx(points[1]["loss"], rel=1e-4)
+    assert all(p["tokens_per_s"] > 0 for p in [*points, dense])
+
+
 def test_answers_are_printed_and_kept_and_not_asked_again(done):
-    few = ["--rows=2", "--positions=4", "--ceiling_rows=2", "--budgets=[0.5,1]", "--report=report"]
+    few = ["--rows=2", "--positions=4", "--ceiling_rows=2", "--budgets=[0.5,1]", "--report=report",
+           "--ask=labels,ceiling,budgets,serving", "--prompt=4", "--decoded=20", "--repeat=1"]
     said = go("audit", RUN, *few)
     assert all(words in said for words in ("scores ~ flip dense", "dense_label", "budget 0.5", "agreement"))
     path, title = Path("report/audit.json"), "g3_full_aux seed 0, 6 steps, quick backbone"

@@ -15,10 +15,10 @@ from configurator import HERE, read_file
 from gates import ESTIMATORS, GATES, full_tokens, threshold_for, topk_mask
 from kernels import uniform
 from machine import compile_layers
-from model import GPT, GPTConfig, rotate, rotation_table
+from model import FFN, GPT, GPTConfig, best_directions, rotate, rotation_table
 from sample import generate, new_cache
-from test_routing import (FAMILIES, LEARNED, PAIRS, best_of, both_families, config_for, context_of, make, run_of,
-                          same, slow, tokens)
+from test_routing import (FAMILIES, LEARNED, PAIRS, best_of, both_families, config_for, context_of, make,
+                          numbers, run_of, same, slow, tokens)
 from train import DEFAULTS, train_step
 
 
@@ -69,6 +69,51 @@ def test_adapter_adds_full_and_cheap(family):
 def test_cheap_starts_at_zero(family):
     model = GPT(GPTConfig(n_embd=16, n_head=2, n_layer=2, controlled=(1,), latent=8, **FAMILIES[family]))
     assert model.h[1].cheap(torch.randn(3, 16)).abs().max() == 0
+
+
+@pytest.mark.parametrize("hidden", [8, 7])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
+def test_fit_finds_a_linear_map_of_half_its_width(activation, hidden):
+    h = numbers(0, 2000, 16) + 1
+    y = h @ numbers(1, 16, hidden // 2) @ numbers(2, hidden // 2, 24) + 3  # (2000, 24), of rank hidden / 2
+    ffn = FFN(GPTConfig(n_embd=16), hidden, activation, bias=True)
+    ffn.c_proj = torch.nn.Linear(hidden, 24)
+    with torch.no_grad():
+        ffn.fit(h, y)
+    assert (ffn(h) - y).square().mean() < 1e-4 * y.var()
+
+
+def test_best_directions_predict_as_well_as_any_of_their_number():
+    x, w = numbers(0, 1000, 12), numbers(1, 12, 8)
+    y = x @ w + numbers(2, 1000, 8)
+    z = x @ best_directions(x, y, 3)
+    same(z.std(0), torch.ones(3))
+    error = (z @ torch.linalg.lstsq(z, y).solution - y).square().sum()
+    # Eckart and Young: what the best rank leaves is the residual of regression and the smaller singular values.
+    fitted = x @ torch.linalg.lstsq(x, y).solution
+    least = (fitted - y).square().sum() + torch.linalg.svdvals(fitted)[3:].square().sum()
+    assert least * 0.9999 <= error <= least * 1.001
+
+
+@both_families
+@pytest.mark.parametrize("mode", ["topk", "cheap"])
+def test_fit_cheap_fits_each_layer_to_what_the_layers_before_it_make_of_the_text(mode, family):
+    model, other = make(family=family, cheap_rank=32), make(family=family, cheap_rank=32, seed=1)
+    idx = tokens(model, B=64)
+    before = {name: p.clone() for name, p in model.named_parameters() if ".cheap." not in name}
+    model.fit_cheap(context_of(idx), mode, rows=10)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    x, context = model.embed(context_of(idx)), context_of(idx)
+    for block in model.h:  # all rows at once, and no layer is fitted before the layers before it have run
+        x = block.attention_part(x, model.rotation_of(context))
+        if block.controlled:
+            h, cheap = block.ln_2(x), other.h[block.layer].cheap
+            with torch.no_grad():
+                cheap.fit(h.flatten(0, 1), block.mlp(h).flatten(0, 1))
+            same(block.cheap(h), cheap(h), 1e-3)
+            y = block.mlp(h)
+            assert (cheap(h) - y).square().mean() < 0.75 * y.flatten(0, 1).var(0).mean()
+        x, _ = block.ffn_part(x, mode, context)
 
 
 def test_rotate_turns_pairs_of_numbers_by_their_position_times_their_frequency():

@@ -629,6 +629,14 @@ def test_the_budget_may_fall_from_one(place):
             assert record["val"]["topk"]["budget"] == [0.25, 0.25]
 
 
+def test_fitted_cheap_ffns_start_nearer_to_the_dense_model(place):
+    kl = {}
+    for start in ("zero", "fitted"):
+        go("train", *tiny(f"--cheap_start={start}", f"--recipe={start}", "--max_iters=1"))
+        kl[start] = log_of(f"out/tiny/{start}/seed0")[0]["val"]["topk"]["kl"]
+    assert kl["fitted"] < 0.8 * kl["zero"]
+
+
 def test_a_static_run_gives_whole_layers_the_budget(place):
     out = go("train", *tiny(recipe("static"), "--budget=0.75", "--max_iters=10"))
     summary = summary_of("out/tiny/static/seed0")
