@@ -47,6 +47,7 @@ class GPTConfig:
     gate: str = "g3"
     estimator: str = "ste_norm"
     budget: float = 0.5  # the share of tokens that goes full
+    layer_spread: float = 0.0  # how unevenly the layers share it, see GPT.set_budget
     execution: str = "gathered"  # or masked: the fast and the plain way to the same result
     g1_hidden: int = 47  # so that g1 has as many parameters as g3
     latent: int = 16  # g3's d
@@ -446,13 +447,15 @@ class GPT(nn.Module):
         return sorted(losses, key=losses.get, reverse=True)
 
     def set_budget(self, budget, order=None):
-        """Give every controlled layer the budget. With an order of choose_layers: hand the same total out in
-        whole layers, and what is left to the next one."""
+        """Give every controlled layer the budget. With an order of choose_layers, hand the same total out
+        unevenly: to `static` in whole layers, and what is left to the next one; to any other gate along a line,
+        which with layer_spread = 1 is as steep as budgets between 0 and 1 allow."""
         if order is None:
-            for layer in self.config.controlled:
-                self.h[layer].budget = budget
-            return
-        left = budget * len(order)
-        for layer in order:
-            self.h[layer].budget = min(1.0, max(0.0, left))
-            left -= 1
+            shares = {layer: budget for layer in self.config.controlled}
+        elif self.config.gate == "static":
+            shares = {layer: min(1.0, max(0.0, budget * len(order) - i)) for i, layer in enumerate(order)}
+        else:
+            slope = self.config.layer_spread * min(budget, 1 - budget)
+            shares = {layer: budget + slope * (1 - (2 * i + 1) / len(order)) for i, layer in enumerate(order)}
+        for layer, share in shares.items():
+            self.h[layer].budget = share

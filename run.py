@@ -33,9 +33,9 @@ NO_NUMBER = {"overwrite", "eval_only", "log_interval", "eval_interval", "keep_ch
 # Keys that no dense model reads. All others, those of config/backbone.py before them, decide what is the same
 # backbone.
 CONTROLLERS_ONLY = {"controlled", "cheap_rank", "cheap_start", "gate", "g1_hidden", "latent", "estimator",
-                    "execution", "budget", "budget_fall", "oracle", "label_target", "label_layers", "label_share",
-                    "gate_lr", "backbone_seed", "backbone_iters", "backbone_long_iters", "backbone_lr",
-                    "backbone_muon_lr", "backbone_batch_size"}
+                    "execution", "budget", "budget_fall", "layer_spread", "oracle", "label_target", "label_layers",
+                    "label_share", "gate_lr", "backbone_seed", "backbone_iters", "backbone_long_iters",
+                    "backbone_lr", "backbone_muon_lr", "backbone_batch_size"}
 # The files that decide what a training computes.
 METHOD = ("kernels.py", "gates.py", "model.py", "encoding.py", "prepare.py", "optim.py", "run.py", "train.py")
 
@@ -48,7 +48,7 @@ AT_LEAST_1 = ("n_layer", "n_head", "n_embd", "block_size", "cheap_rank", "g1_hid
               "log_interval", "label_layers", "backbone_iters", "backbone_long_iters", "backbone_batch_size")
 AT_LEAST_0 = ("seed", "backbone_seed", "threads", "warmup_iters", "learning_rate", "gate_lr", "muon_lr",
               "weight_decay", "grad_clip", "backbone_lr", "backbone_muon_lr", "n_kv_head", "n_inner", "vocab_size")
-SHARES = ("budget", "budget_fall", "label_share", "min_lr_ratio", "beta1", "beta2")
+SHARES = ("budget", "budget_fall", "layer_spread", "label_share", "min_lr_ratio", "beta1", "beta2")
 CHOICES = {"activation": ACTIVATIONS, "label_target": ("next", "dense"), "mode": ("full", "topk", "cheap", "adapter"),
            "cheap_start": ("zero", "fitted"), "norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rotary"),
            "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
@@ -93,6 +93,8 @@ def check_controllers(config):
                           "head needs latent <= n_embd")
     if config["mode"] == "adapter" and config["cheap_start"] == "fitted":
         raise ConfigError("--cheap_start='fitted' with --mode='adapter' would add two full FFNs up; leave it out")
+    if config["gate"] == "static" and config["layer_spread"]:
+        raise ConfigError("--gate='static' makes whole layers full; leave --layer_spread out")
     losses = active_losses(config)
     if not any(loss.needs in ("x", "dense_x") for loss in losses.values()):
         raise ConfigError("no loss trains the cheap FFNs; give --lambda_lm or --lambda_distill")
@@ -407,7 +409,7 @@ class Run:
     seconds: float = 0.0
     evaluations: list = field(default_factory=list)  # {"step", mode: {"loss", ...}}
     machines: list = field(default_factory=list)
-    layer_order: list | None = None  # the static gate's choice
+    layer_order: list | None = None  # by what they are worth, the most first; None: not weighed
     log: object = None
     lock: object = None
     summary: dict | None = None  # of a run that is finished already

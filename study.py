@@ -199,8 +199,8 @@ def last_line(folder):
 GROUP_KEYS = ("scale", "max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "cheap_rank",
               "controlled", "backbone_seed")
 # What tells the arms of a group apart, and every lambda.
-ARM_KEYS = ("gate", "mode", "estimator", "budget", "budget_fall", "cheap_start", "oracle", "label_target",
-            "label_layers", "label_share", "gate_lr", "learning_rate", "muon_lr", "g1_hidden", "latent")
+ARM_KEYS = ("gate", "mode", "estimator", "budget", "budget_fall", "layer_spread", "cheap_start", "oracle",
+            "label_target", "label_layers", "label_share", "gate_lr", "learning_rate", "muon_lr", "g1_hidden", "latent")
 LOGGED_POINTS = 30  # of a run's logged steps
 
 

@@ -53,6 +53,7 @@ DEFAULTS = dict(
     estimator="ste_norm",  # how the LM loss reaches the scores: see gates.ESTIMATORS
     execution="gathered",  # the fast way; masked is the plain one, with both FFNs on every token
     budget=0.5,  # the share of tokens that goes full
+    layer_spread=0.0,  # how unevenly the layers share it, by what each is worth: 0 evenly, 1 from 0 to twice as much
     budget_fall=0.0,  # the share of the steps over which the budget falls from 1 to its value
     # the losses' weights; see gates.LOSSES
     lambda_lm=1.0,  # cross entropy with the next token
@@ -226,9 +227,9 @@ def train(config, defaults, machine, backbone=None):
         if last:
             break
 
-        # once: the static gate chooses its layers, when the cheap FFNs have learned something
-        if config["gate"] == "static" and routed and run.step == config["max_iters"] // 10:
-            choose_static_layers(run)
+        # once: see which layers are worth most, as soon as the cheap FFNs know something
+        if routed and (config["gate"] == "static" or config["layer_spread"]) and run.step == choosing_step(config):
+            choose_layers(run)
 
         # one step. Random numbers, a plugin's included, are a function of (seed, step): a resume needs no saved
         # state, and evaluating more often changes nothing.
@@ -292,15 +293,20 @@ def fit_cheap(run):
                             watch=lambda layers: metrics.progress(layers, "fitting cheap FFNs, layer"))
 
 
-def choose_static_layers(run):
-    """Hand the budget out in whole layers, by training text."""
+def choosing_step(config):
+    """The step before which the layers are weighed."""
+    return 0 if config["cheap_start"] == "fitted" else config["max_iters"] // 10
+
+
+def choose_layers(run):
+    """Hand the budget out unevenly, by what each layer is worth on training text."""
     batch = eval_batch(run.data["train"], run.config, run.config["eval_iters"]).to(run.machine.device)
     with run.machine.autocast():
         run.layer_order = run.model.choose_layers(Context(batch.tokens, batch.row_seeds), batch.targets,
                                                   watch=lambda layers: metrics.progress(layers, "weighing, layer"))
     run.model.set_budget(run.config["budget"], run.layer_order)
-    run.machine.print(f"whole layers, by what they are worth on training text: {run.layer_order}; budgets "
-                      f"{dict(zip(run.config['controlled'], budgets(run.model)))}")
+    shares = {layer: round(run.model.h[layer].budget, 3) for layer in run.layer_order}
+    run.machine.print(f"the layers, by what they are worth on training text, and their budgets: {shares}")
 
 
 def finish(run):

@@ -206,6 +206,7 @@ def test_a_home_folder_is_found_wherever_a_path_stands(tmp_path, monkeypatch, fo
     ("--n_layer=2 --controlled=[]", ["at least one layer of 0..1"]),
     ("--latent=129", ["--latent=129", "--n_embd=128"]),
     ("--lambda_lm=0", ["no loss trains the cheap FFNs", "--lambda_distill"]),
+    ("config/static.py --layer_spread=0.5", ["whole layers", "leave --layer_spread out"]),
     ("config/full_adapter.py --cheap_start=fitted", ["two full FFNs", "leave it out"]),
     ("config/g1_no_utilrank.py --estimator=hard", ["--estimator='hard' without labels", "--lambda_util"]),
     ("--estimator=hard --label_share=0", ["--estimator='hard' without labels"])])

@@ -263,15 +263,21 @@ def test_choose_layers_orders_them_by_the_loss_when_each_alone_is_cheap(family):
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.1, 0.25, 0.5, 2 / 3, 1.0])
-def test_set_budget_hands_out_whole_layers_in_their_order_and_meets_the_total(budget):
-    model = make(n_layer=5, controlled=(0, 2, 3))
-    model.set_budget(budget)
-    assert [model.h[i].budget for i in (0, 2, 3)] == [budget] * 3
-    for order in ([0, 2, 3], [3, 0, 2]):
-        model.set_budget(budget, order)
-        shares = [model.h[i].budget for i in order]
-        assert sum(shares) == pytest.approx(3 * budget) and all(0 <= share <= 1 for share in shares)
-        assert shares == sorted(shares, reverse=True) and sum(1e-9 < share < 1 - 1e-9 for share in shares) <= 1
+def test_set_budget_hands_out_the_total_in_the_order_of_the_layers(budget):
+    for gate, spread in (("static", 0.0), ("g1", 0.0), ("g1", 0.6), ("random", 1.0)):
+        model = make(n_layer=5, controlled=(0, 2, 3), gate=gate, layer_spread=spread)
+        model.set_budget(budget)
+        assert [model.h[i].budget for i in (0, 2, 3)] == [budget] * 3
+        for order in ([0, 2, 3], [3, 0, 2]):
+            model.set_budget(budget, order)
+            shares = [model.h[i].budget for i in order]
+            assert sum(shares) == pytest.approx(3 * budget) and all(0 <= share <= 1 for share in shares)
+            if gate == "static":  # whole layers, and at most one in part
+                assert shares == sorted(shares, reverse=True)
+                assert sum(1e-9 < share < 1 - 1e-9 for share in shares) <= 1
+            else:  # a line
+                step = spread * min(budget, 1 - budget) * 2 / 3
+                assert [a - b for a, b in zip(shares, shares[1:])] == pytest.approx([step] * 2)
 
 
 def test_noise_is_uniform_and_its_streams_are_unrelated():
