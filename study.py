@@ -68,9 +68,9 @@ SETS = {  # names for --arms=
             *both("scaled", "scaled_full_aux", "scaled_on_policy", "scaled_on_policy_dense"),
             *both("ste", "ste_anchor", "ste_full_aux", "ste_on_policy", "ste_on_policy_dense")],
     # the dense model as the teacher, at half and at a quarter of the tokens
-    "teacher": ["random", "static", *both("distill", "distill_dense"), "best", "best_adamw", "g3_best",
-                "static_distill", "static_distill_muon", "random_distill_muon", "best_budget25",
-                "static_distill_muon_budget25"]}
+    "teacher": ["random", "static", *both("distill", "distill_dense"), "best", "g3_best", "static_best",
+                "distill_labels", "static_distill", "static_distill_muon", "random_distill_muon", "best_budget25",
+                "static_best_budget25"]}
 # Keys that a study sets itself, and what to use instead.
 SET_HERE = {"seed": "--seeds=0,1,2", "out_dir": "--study=NAME", "recipe": "--arms=NAME", "mode": "--arms=NAME",
             "eval_only": "train.py"}
@@ -412,11 +412,13 @@ CLAIMS = {
         ("test_loss", arm, "static", -1) for arm in GAIN]),
     "H0, distilled": Claim("The same where both are trained by distillation.", ONE, [
         ("test_loss", arm, "static_distill", -1) for arm in ("*_distill", "*_distill_dense")]),
-    "H0, best": Claim("The same of `best`.", ONE, [("test_loss", "best", "static_distill_muon", -1)]),
+    "H0, labels": Claim("The same of `distill_labels`.", ONE,
+                        [("test_loss", "distill_labels", "static_distill_muon", -1)]),
+    "H0, best": Claim("The same of `best`.", ONE, [("test_loss", "best", "static_best", -1)]),
     "H0, 25%": Claim("The same at a quarter of the tokens.", ONE, [
         ("test_loss", "*_no_utilrank_budget25", "static_budget25", -1),
         ("test_loss", "*_full_aux_budget25", "static_budget25", -1),
-        ("test_loss", "best_budget25", "static_distill_muon_budget25", -1)]),
+        ("test_loss", "distill_labels_budget25", "static_distill_muon_budget25", -1)]),
     "H1": Claim("Labels gain most where the gate is dead without them: more under `ste` than under `ste_norm`, "
                 "under `scaled`, and under `ste` with the anchor.", AS_NAMED, [
         ("test_loss", STE_GAIN, GAIN, 1), ("test_loss", STE_GAIN, ("*_scaled", "*_scaled_full_aux"), 1),

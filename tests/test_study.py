@@ -35,9 +35,11 @@ def test_every_arm_is_a_run_of_its_own_name(arm):
 
 
 def test_the_references_come_by_themselves_trained_as_their_arms_are():
-    for name, ending in (("random", ""), ("g1_distill", "_distill"), ("best", "_distill_muon"), ("map", "_distill")):
+    for name, cheap, dense in (("random", "", ""), ("g1_distill", "_distill", "_distill"), ("map", "_distill", "_distill"),
+                               ("distill_labels", "_distill_muon", "_distill_muon"),
+                               ("best", "_distill_muon_fitted", "_distill_muon")):
         arms = study.resolve(name, study.parse_words([])[1])
-        own = [f"{reference}{ending}" for reference in study.REFERENCES]
+        own = [f"cheap_only{cheap}", f"full_adapter{dense}"]
         assert set(study.SETS.get(name, [name])) | {*study.REFERENCES, *own} <= set(arms)
         assert len(set(arms)) == len(arms) and arms.index(own[1]) < arms.index(study.SETS.get(name, [name])[-1])
 
@@ -201,6 +203,9 @@ def test_references_are_found_by_how_they_were_trained():
     own = references([0], "_distill_muon", cheap=1.6, dense=1.3, muon_lr=0.03, **taught)
     best = record("best", 0, 1.36, muon_lr=0.03, **taught)
     m = study.Group([*references([0, 1]), *own, best]).measures["best", 0]
+    fitted = record("cheap_only_distill_muon_fitted", 0, 1.5), record("fitted", 0, 1.36, muon_lr=0.03, **taught)
+    fitted[1]["config"]["cheap_start"] = "fitted"
+    assert study.Group([*own, *fitted]).measures["fitted", 0]["own_gap"] == pytest.approx(0.14 / 0.2)
     assert m["gap"] == pytest.approx(0.44 / 0.6) and m["own_gap"] == pytest.approx(0.24 / 0.3)
     other_seed = study.Group([*references([1]), *own, best]).measures["best", 0]
     assert "gap" not in other_seed and other_seed["own_gap"] == m["own_gap"]
