@@ -44,7 +44,7 @@ DEFAULTS = dict(
     baseline="",  # the folder of a nanoGPT checkout
     arm="best",  # what the row memory trains: a recipe, a line of config/arms.ini, or dense
 )
-STEP_ARMS = ("g1_no_utilrank", "g1_full_aux", "g3_full_aux", "g1_scaled", "best")
+STEP_ARMS = ("g1_no_utilrank", "g1_full_aux", "g3_full_aux", "g1_scaled", "distill_labels", "best")
 DECODED, PREFILLED = 32, 512  # tokens, at most block_size
 
 

@@ -140,6 +140,12 @@ def check_finite_evaluation(model, results, step):
         refuse_not_finite(model, parts, step)
 
 
+def check_finite_weights(model):
+    """The same of the weights, before the first step."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        refuse_not_finite(model, [], 0)
+
+
 def refuse_not_finite(model, parts, step):
     """Name the first weight, or else the first of parts [(name, tensor or None)], that is not finite."""
     parts = [(f"the weight {name}", p) for name, p in model.named_parameters()] + parts

@@ -26,8 +26,9 @@ from machine import Machine, catch_signals, compile_layers
 from metrics import StepLog
 from prepare import eval_batch, get_batch, load_data
 from run import (backbone_config, backbone_folder, check_config, check_finite, check_finite_evaluation,
-                 check_first_step, data_of_run, fill_in_shape, load_run, open_data, open_run, recalibrate,
-                 refuse_differences, refuse_other_tokenizer, refuse_taken_folder, run_folder, save, write_json)
+                 check_finite_weights, check_first_step, data_of_run, fill_in_shape, load_run, open_data, open_run,
+                 recalibrate, refuse_differences, refuse_other_tokenizer, refuse_taken_folder, run_folder, save,
+                 write_json)
 
 DEFAULTS = dict(
     # the run; by default the scale `tiny` and the recipe `g3_full_aux`
@@ -285,9 +286,16 @@ def as_numbers(value):
     return value
 
 
+def training_rows(run, steps):
+    """Training text of so many steps, evenly spaced, and the same however a step is cut into slices."""
+    rows = run.config["batch_size"] * run.config["gradient_accumulation_steps"]
+    return eval_batch(run.data["train"], run.config | {"batch_size": rows}, steps).to(run.machine.device)
+
+
 def fit_cheap(run):
     """Start the cheap FFNs near the full ones, by training text."""
-    batch = eval_batch(run.data["train"], run.config, run.config["final_eval_iters"]).to(run.machine.device)
+    check_finite_weights(run.model)
+    batch = training_rows(run, run.config["final_eval_iters"])
     with run.machine.autocast():
         run.model.fit_cheap(Context(batch.tokens, batch.row_seeds), run.config["mode"],
                             watch=lambda layers: metrics.progress(layers, "fitting cheap FFNs, layer"))
@@ -300,7 +308,7 @@ def choosing_step(config):
 
 def choose_layers(run):
     """Hand the budget out unevenly, by what each layer is worth on training text."""
-    batch = eval_batch(run.data["train"], run.config, run.config["eval_iters"]).to(run.machine.device)
+    batch = training_rows(run, run.config["eval_iters"])
     with run.machine.autocast():
         run.layer_order = run.model.choose_layers(Context(batch.tokens, batch.row_seeds), batch.targets,
                                                   watch=lambda layers: metrics.progress(layers, "weighing, layer"))
