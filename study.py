@@ -612,7 +612,7 @@ def contrasts(group):
 
 def pictures(group, folder, main):
     """Write a group's pictures -> lines of the page. main: it is the first; the others get their curves alone."""
-    usual = [*DEFAULT, *added_by_plugins(GATES)]
+    usual = [*DEFAULT, "distill_labels", *added_by_plugins(GATES)]
     curved = [arm for arm in group.arms if not arm.startswith(("cheap_only", "random"))]  # far above the others
     if len(curved) > 10:
         curved = [arm for arm in curved if arm in (*usual, "full_adapter")]
