@@ -147,8 +147,9 @@ class RandomGate(Gate):
 
 @GATES.register("static")
 class StaticGate(RandomGate):
-    """No decision. With this gate `model.choose_layers` makes whole layers full once in training. At most one
-    layer is full in part, and there the tokens are random. A learned gate has to beat this."""
+    """No decision. With this gate `model.set_budget` makes whole layers full, in the order of
+    `model.choose_layers`. At most one is full in part, and there the tokens are random. A learned gate has to beat
+    this."""
 
 
 # -----------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class Scaled(Estimator):
 
 @ESTIMATORS.register("hard")
 class Hard(Estimator):
-    """The mask. The LM loss teaches nothing, labels alone do."""
+    """The mask. The loss at the top teaches nothing, labels alone do."""
 
     def __call__(self, scores, mask):
         return mask.float()
@@ -417,7 +418,7 @@ class JEPALoss(Loss):
 
 def cosine_distance(prediction, outcomes):
     """1 - cosine, a mean over a row's outcomes: (B, T, 2, d) twice -> (B,). An outcome of zero norm is left out:
-    cheap starts at zero."""
+    cheap may start at zero."""
     present = outcomes.square().sum(-1) > 0  # (B, T, 2)
     distance = 1 - F.cosine_similarity(prediction.float(), outcomes, dim=-1)
     return (distance * present).sum((1, 2)) / present.sum((1, 2)).clamp_min(1)

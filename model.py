@@ -316,7 +316,7 @@ class GPT(nn.Module):
             if ".gate." in name:
                 continue  # a gate initialises itself
             if name.endswith("cheap.c_proj.weight") or name.endswith("bias"):
-                nn.init.zeros_(p)  # cheap starts at zero
+                nn.init.zeros_(p)  # cheap starts at zero, unless fit_cheap follows
             elif p.dim() == 2:
                 scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / scale)
@@ -417,8 +417,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def fit_cheap(self, context, mode, rows=16, watch=iter):
         """Start every cheap FFN near the full one of its layer (FFN.fit), on context.tokens (N, T), `rows` rows
-        at a time. The layers before it run under `mode` with the cheap FFNs that they have just been given: what
-        a routed model feeds a layer is not what the dense one does. watch: as in calibrate."""
+        at a time. The layers before it run under `mode`, the run's, with the cheap FFNs that they have just been
+        given: what a routed model feeds a layer is not what the dense one does. watch: as in calibrate."""
         parts = [Context(t, s) for t, s in zip(context.tokens.split(rows), context.row_seeds.split(rows))]
         streams = [self.embed(part) for part in parts]
         rotation = self.rotation_of(context)
@@ -448,8 +448,8 @@ class GPT(nn.Module):
 
     def set_budget(self, budget, order=None):
         """Give every controlled layer the budget. With an order of choose_layers, hand the same total out
-        unevenly: to `static` in whole layers, and what is left to the next one; to any other gate along a line,
-        which with layer_spread = 1 is as steep as budgets between 0 and 1 allow."""
+        unevenly: to `static` in whole layers, and what is left to the next one; to any other gate along a line.
+        With layer_spread = 1 and half of the tokens it goes nearly from 1 to 0, with 0 it is level."""
         if order is None:
             shares = {layer: budget for layer in self.config.controlled}
         elif self.config.gate == "static":

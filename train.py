@@ -51,10 +51,10 @@ DEFAULTS = dict(
     controlled=[1, 2, 3, 4, 5],  # which layers route, from 0; []: all but the first and the last (mode=full: none)
     cheap_rank=16, gate="g3", g1_hidden=47, latent=16,
     cheap_start="zero",  # how the cheap FFNs start: zero, or fitted to the full ones in closed form
-    estimator="ste_norm",  # how the LM loss reaches the scores: see gates.ESTIMATORS
+    estimator="ste_norm",  # how the loss at the top reaches the scores: see gates.ESTIMATORS
     execution="gathered",  # the fast way; masked is the plain one, with both FFNs on every token
     budget=0.5,  # the share of tokens that goes full
-    layer_spread=0.0,  # how unevenly the layers share it, by what each is worth: 0 evenly, 1 from 0 to twice as much
+    layer_spread=0.0,  # how unevenly the layers share it, by what each is worth; 0: evenly
     budget_fall=0.0,  # the share of the steps over which the budget falls from 1 to its value
     # the losses' weights; see gates.LOSSES
     lambda_lm=1.0,  # cross entropy with the next token
