@@ -205,26 +205,28 @@ def route_by_label(model, trace):
 def budget_curve(folder, options):
     """[{"budget", "realised", "loss", "kl", "agreement", "inference_ratio"}] of one checkpoint on validation text
     under threshold, calibrated at each budget."""
-    model, config, data, checkpoint, machine = load(folder, options)
+    return list(budget_points(folder, options, *load(folder, options)))
+
+
+def budget_points(folder, options, model, config, data, checkpoint, machine):
+    """Yield the points of budget_curve, each while the model is calibrated at its budget."""
     val = eval_batch(data["val"], config, config["final_eval_iters"])
-    curve = []
     for budget in progress(options["budgets"], f"{folder}: budgets"):
         recalibrate(model, folder, checkpoint, machine, budget)
         result = evaluate(model, val, ["threshold"], machine)["threshold"]
         point = {"realised": statistics.fmean(result["budget"]), "loss": result["loss"], "kl": result["kl"],
                  "agreement": result["agreement"], "inference_ratio": ledger(model, config)["inference_ratio"]}
-        curve.append({"budget": budget} | {name: float(f"{value:.5g}") for name, value in point.items()})
-    return curve
+        yield {"budget": budget} | {name: float(f"{value:.5g}") for name, value in point.items()}
 
 
 def serving(folder, options):
     """The points of budget_curve with "tokens_per_s", the speed of decoding behind a KV cache, and a last point, of
     budget None, for the dense model. All are timed in turn, and medians are taken."""
-    curve = budget_curve(folder, options)
-    model, config, data, checkpoint, machine = load(folder, options)
-    thresholds = []
-    for point in curve:
-        recalibrate(model, folder, checkpoint, machine, point["budget"])
+    loaded = load(folder, options)
+    model, config, data, _, machine = loaded
+    curve, thresholds = [], []
+    for point in budget_points(folder, options, *loaded):
+        curve.append(point)
         thresholds.append({layer: model.h[layer].threshold.clone() for layer in config["controlled"]})
     val = eval_batch(data["val"], config, config["final_eval_iters"])
     dense = evaluate(model, val, ["full"], machine)["full"]
