@@ -397,40 +397,40 @@ class GPT(nn.Module):
         """{name: parameter} of the dense model, without controllers."""
         return {n: p for n, p in self.named_parameters() if not (".gate." in n or ".cheap." in n)}
 
-    # How a budget becomes thresholds, and how it becomes whole layers.
+    # How a budget becomes thresholds, where the cheap FFNs start, and how layers share the budget.
+
+    def layer_by_layer(self, context, mode, rows, watch):
+        """Run context.tokens (N, T) under `mode`, `rows` rows at a time, all of them through a layer before the
+        next. Yields every controlled layer before its FFN runs, so that the caller can set it from what it meets:
+        (block, [FFN inputs h (rows, T, D)], [their Contexts])."""
+        parts = [Context(t, s) for t, s in zip(context.tokens.split(rows), context.row_seeds.split(rows))]
+        streams = [self.embed(part) for part in parts]
+        rotation = self.rotation_of(context)
+        for block in watch(self.h):
+            streams = [block.attention_part(x, rotation) for x in streams]
+            if block.controlled:
+                yield block, [block.ln_2(x) for x in streams], parts
+            streams = [block.ffn_part(x, mode, part)[0] for x, part in zip(streams, parts)]
 
     @torch.no_grad()
     def calibrate(self, context, rows=16, watch=iter):
         """Set every layer's threshold to the quantile of its scores over context.tokens (N, T), `rows` rows
         at a time. A layer's threshold is set before that layer routes, so later layers see the routing to
         come. watch wraps the loop over the layers, to show progress."""
-        parts = [Context(t, s) for t, s in zip(context.tokens.split(rows), context.row_seeds.split(rows))]
-        streams = [self.embed(part) for part in parts]
-        rotation = self.rotation_of(context)
-        for block in watch(self.h):
-            streams = [block.attention_part(x, rotation) for x in streams]
-            if block.controlled:
-                scores = [block.score(block.ln_2(x), part)[0] for x, part in zip(streams, parts)]
-                block.threshold.copy_(threshold_for(torch.cat(scores), block.budget))
-            streams = [block.ffn_part(x, "threshold", part)[0] for x, part in zip(streams, parts)]
+        for block, inputs, parts in self.layer_by_layer(context, "threshold", rows, watch):
+            scores = [block.score(h, part)[0] for h, part in zip(inputs, parts)]
+            block.threshold.copy_(threshold_for(torch.cat(scores), block.budget))
 
     @torch.no_grad()
     def fit_cheap(self, context, mode, rows=16, watch=iter):
         """Start every cheap FFN near the full one of its layer (FFN.fit), on context.tokens (N, T), `rows` rows
         at a time. The layers before it run under `mode`, the run's, with the cheap FFNs that they have just been
         given: what a routed model feeds a layer is not what the dense one does. watch: as in calibrate."""
-        parts = [Context(t, s) for t, s in zip(context.tokens.split(rows), context.row_seeds.split(rows))]
-        streams = [self.embed(part) for part in parts]
-        rotation = self.rotation_of(context)
-        for block in watch(self.h):
-            streams = [block.attention_part(x, rotation) for x in streams]
-            if block.controlled:
-                inputs = [block.ln_2(x) for x in streams]
-                outputs = [block.mlp(h) for h in inputs]
-                h, y = (torch.cat(part).flatten(0, 1).float() for part in (inputs, outputs))  # (N * T, D)
-                with no_autocast(h):
-                    block.cheap.fit(h, y)
-            streams = [block.ffn_part(x, mode, part)[0] for x, part in zip(streams, parts)]
+        for block, inputs, _ in self.layer_by_layer(context, mode, rows, watch):
+            outputs = [block.mlp(h) for h in inputs]
+            h, y = (torch.cat(pieces).flatten(0, 1).float() for pieces in (inputs, outputs))  # (N * T, D)
+            with no_autocast(h):
+                block.cheap.fit(h, y)
 
     @torch.no_grad()
     def choose_layers(self, context, targets, watch=iter):
